@@ -1,0 +1,90 @@
+"""Tiny real models, real tokenizers, real data; everything is built here and nothing is fetched."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from threads, and lose much to a busy machine
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+WORDS = "the sun is red and a moon was blue but all stars are white or green at night in our sky".split()
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with two layers, its tokenizer and a ChatML template."""
+    from tests.tiny import make_base
+
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+def answers(n: int) -> list[dict[str, Any]]:
+    """Questions with an answer, a preferred one and a rejected one, of unequal lengths."""
+    rows = []
+    for i in range(n):
+        a, b, c = WORDS[i % 19], WORDS[(i * 3 + 1) % 19], WORDS[(i * 7 + 2) % 19]
+        rows.append({"question": f"what is {a} {b}", "good": f"it is {c} {a}", "bad": f"no {b} " * (1 + i % 3)})
+    return rows
+
+
+def messages(n: int) -> list[dict[str, Any]]:
+    return [
+        {"messages": [{"role": "user", "content": r["question"]}, {"role": "assistant", "content": r["good"]}]}
+        for r in answers(n)
+    ]
+
+
+def pairs(n: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt": [{"role": "user", "content": r["question"]}],
+            "chosen": [{"role": "assistant", "content": r["good"]}],
+            "rejected": [{"role": "assistant", "content": r["bad"]}],
+        }
+        for r in answers(n)
+    ]
+
+
+def write_jsonl(file: Path, rows: list[dict[str, Any]]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    """Write a recipe, given as a mapping or as YAML text, and return its file."""
+
+    def _write(recipe: dict[str, Any] | str, name: str = "recipe.yaml") -> Path:
+        file = tmp_path / name
+        file.write_text(recipe if isinstance(recipe, str) else yaml.safe_dump(recipe, sort_keys=False))
+        return file
+
+    return _write
+
+
+@pytest.fixture
+def recipe(base: Path, tmp_path: Path) -> dict[str, Any]:
+    """SFT then DPO on tiny data, in float32, a few steps each."""
+    trainer = {
+        "per_device_train_batch_size": 4,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+    }
+    return {
+        "model": {"name_or_path": str(base), "dtype": "float32"},
+        "lora": {"r": 4, "lora_alpha": 8},
+        "stages": [
+            {"type": "sft", "data": str(write_jsonl(tmp_path / "sft.jsonl", messages(12))), "trainer": dict(trainer)},
+            {"type": "dpo", "data": str(write_jsonl(tmp_path / "dpo.jsonl", pairs(12))), "trainer": dict(trainer)},
+        ],
+        "seed": 7,
+    }

@@ -1,0 +1,148 @@
+"""Tokenizer, chat template, and rows to token ids: the one path that training, the plan and evaluation share.
+
+Prompt and completion are split as TRL 1.16 splits them (the longest common token prefix of the prompt alone and of
+prompt + completion); a test compares the result with TRL's own trainers, token for token.
+"""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from toolkit.errors import ModelError
+from toolkit.recipe import Recipe
+
+IGNORED = -100
+GENERATION_MARKER = "{% generation"
+
+Row = dict[str, Any]
+
+
+def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer with the recipe's chat template; padding falls back to the end token, as in TRL.
+
+    Raises:
+        ModelError: no tokenizer there, or no template of that name.
+    """
+    model = recipe.model
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        where = recipe.where("model", "name_or_path")
+        raise ModelError(f"{where}: no tokenizer in {model.name_or_path!r}: {first_line(error)}") from None
+    if model.chat_template is not None:
+        tokenizer.chat_template = _template(model.chat_template, recipe)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def assistant_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A template that marks the assistant's tokens: the tokenizer's own, TRL's training version of it, or `None`."""
+    template = tokenizer.chat_template or ""
+    if GENERATION_MARKER in template.replace("{%-", "{%"):
+        return template
+    from trl.chat_template_utils import get_training_chat_template
+
+    try:
+        return get_training_chat_template(tokenizer)
+    except ValueError:
+        return None
+
+
+def tokenize_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> Row:
+    """`{"text"}` to `input_ids`, `labels`, each `(seq,)`; every token is supervised, the end token included."""
+    ids = tokenizer(text=_ended(row["text"], tokenizer))["input_ids"]
+    return {"input_ids": ids, "labels": list(ids)}
+
+
+def tokenize_messages(row: Row, tokenizer: PreTrainedTokenizerBase, template: str) -> Row:
+    """`{"messages"}` to `input_ids`, `labels`, each `(seq,)`; the assistant's tokens are supervised."""
+    out = tokenizer.apply_chat_template(
+        row["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=True, chat_template=template
+    )
+    ids = out["input_ids"]
+    return {"input_ids": ids, "labels": _masked(ids, out["assistant_masks"])}
+
+
+def tokenize_prompt_completion(row: Row, tokenizer: PreTrainedTokenizerBase) -> Row:
+    """`{"prompt", "completion"}`, both text or both messages, to `input_ids`, `labels`, each `(seq,)`."""
+    prompt, (ids,) = _prompt_and_full(row["prompt"], [row["completion"]], tokenizer)
+    start = common_prefix(prompt, ids)
+    return {"input_ids": ids, "labels": [IGNORED] * start + ids[start:]}
+
+
+def tokenize_preference(row: Row, tokenizer: PreTrainedTokenizerBase) -> Row:
+    """`{"prompt", "chosen", "rejected"}` to `prompt_ids`, `chosen_ids`, `rejected_ids`, each `(seq,)`."""
+    prompt, (chosen, rejected) = _prompt_and_full(row["prompt"], [row["chosen"], row["rejected"]], tokenizer)
+    start = min(common_prefix(prompt, chosen), common_prefix(prompt, rejected))
+    return {"prompt_ids": prompt[:start], "chosen_ids": chosen[start:], "rejected_ids": rejected[start:]}
+
+
+def tokenize_prompt(prompt: str | list[Row], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A prompt as generation sees it, `(seq,)`."""
+    if isinstance(prompt, str):
+        return list(tokenizer(text=prompt)["input_ids"])
+    return list(tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=True, add_generation_prompt=True)["input_ids"])
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end an answer: the end token, and what the template puts after an assistant's turn."""
+    stops = [tokenizer.eos_token_id]
+    if tokenizer.chat_template:
+        turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        ids = tokenizer.apply_chat_template(turn, tokenize=True, return_dict=True)["input_ids"]
+        opened = len(tokenize_prompt(turn[:1], tokenizer))
+        stops += [i for i in ids[opened:] if i in tokenizer.all_special_ids][:1]
+    return sorted({s for s in stops if s is not None})
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """Number of leading tokens that both have in common."""
+    shared = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        shared += 1
+    return shared
+
+
+def first_line(error: BaseException) -> str:
+    """The part of a library's error text worth repeating."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _prompt_and_full(prompt: Any, completions: list[Any], tokenizer: Any) -> tuple[list[int], list[list[int]]]:
+    prompt_ids = tokenize_prompt(prompt, tokenizer)
+    if isinstance(prompt, str):
+        return prompt_ids, [tokenizer(text=prompt + _ended(c, tokenizer))["input_ids"] for c in completions]
+    full = [tokenizer.apply_chat_template(prompt + c, tokenize=True, return_dict=True)["input_ids"] for c in completions]
+    return prompt_ids, full
+
+
+def _ended(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    return text if text.endswith(tokenizer.eos_token) else text + tokenizer.eos_token
+
+
+def _masked(ids: list[int], mask: list[int]) -> list[int]:
+    return [token if keep else IGNORED for token, keep in zip(ids, mask, strict=True)]
+
+
+def _template(name: str, recipe: Recipe) -> str:
+    if name.endswith((".jinja", ".j2")):
+        try:
+            return Path(name).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ModelError(f"{recipe.where('model', 'chat_template')}: {error.strerror}: {name}") from None
+    spec = find_spec("trl")
+    assert spec is not None and spec.origin is not None
+    folders = [Path(__file__).parent / "templates", Path(spec.origin).parent / "chat_templates"]
+    for file in (folder / f"{name}{suffix}.jinja" for suffix in ("_training", "") for folder in folders):
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+    known = sorted({f.stem.removesuffix("_training") for folder in folders for f in folder.glob("*.jinja")})
+    where = recipe.where("model", "chat_template")
+    raise ModelError(f"{where}: no template is named {name!r}; expected a .jinja file or one of: {', '.join(known)}")

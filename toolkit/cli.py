@@ -1,0 +1,60 @@
+"""The command line: a thin layer over `toolkit.load_recipe` and `toolkit.train`."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from toolkit.errors import ToolkitError
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every command and flag."""
+    top = argparse.ArgumentParser(prog="toolkit", description="One recipe file in, one adapter out: LoRA with TRL.")
+    top.add_argument("--version", action="version", version=version("trl-lora-toolkit"))
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train = commands.add_parser("train", help="run the stages of a recipe and hand back one adapter")
+    train.add_argument("recipe", metavar="RECIPE", help="the YAML file")
+    train.add_argument("--output", metavar="DIR", help="run directory (default: runs/FOLDER-RECIPE)")
+    train.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    train.add_argument("--stage", metavar="NAME", help="run this stage only; what it starts from must be finished")
+    train.add_argument("--fresh", action="store_true", help="run finished stages again; the old results are kept aside")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; 0 when it worked, 2 for bad input, 3 for a result that failed its proof."""
+    args = parser().parse_args(argv)
+    try:
+        return _train(args)
+    except ToolkitError as error:
+        print(f"error: {error}" if "\n" not in str(error) else f"errors:\n{error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _train(args: argparse.Namespace) -> int:
+    from toolkit.load import load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides)  # before torch is imported: a typo is answered at once
+    _quiet()
+    from toolkit.run import train
+
+    train(recipe, output=args.output, stage=args.stage, fresh=args.fresh)
+    return 0
+
+
+def _quiet() -> None:
+    """Keep libraries from talking over the plan and the progress; their warnings and errors still show."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # optional kernels it does without
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of TRL about transformers, and of both about themselves
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()

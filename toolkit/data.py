@@ -1,0 +1,387 @@
+"""Data sources to token ids: load, draw, recognise, convert, tokenize, count. Nothing is dropped silently."""
+
+import difflib
+import hashlib
+import random
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset, concatenate_datasets
+
+from toolkit import chat
+from toolkit.errors import DataError, ModelError
+from toolkit.plan import StagePlan
+from toolkit.recipe import Recipe, Source
+
+Row = dict[str, Any]
+
+BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+NEEDED = {
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
+    "prompt_completion": ("prompt", "completion"),
+    "preference": ("chosen", "rejected"),
+    "text": ("text",),
+}
+ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
+KEPT, TRUNCATED = "kept", "truncated"
+EMPTY, NO_ROOM, NO_ASSISTANT = "empty answer", "prompt fills max_length", "no assistant turn"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a data set holds, in rows and tokens; `supervised` tokens are those that the loss sees."""
+
+    rows: int
+    tokens: int
+    supervised: int
+    truncated: int
+    dropped: dict[str, int]
+
+
+@dataclass(frozen=True)
+class StageData:
+    """Tokenized rows of one stage.
+
+    SFT rows hold `input_ids`, `labels`; DPO rows `prompt_ids`, `chosen_ids`, `rejected_ids`; each `(seq,)`.
+    `steps_rows` is the number of rows the trainer draws from in an epoch: fewer than `rows` when packed.
+    """
+
+    train: Dataset
+    eval: Dataset | None
+    counts: Counts
+    eval_counts: Counts | None
+    steps_rows: int
+    digest: str
+    revisions: dict[str, str]
+
+
+def prepare(recipe: Recipe, plan: StagePlan, tokenizer: Any) -> StageData:
+    """Load and tokenize the data of one stage.
+
+    Raises:
+        DataError: a source that is missing, empty, or without the columns needed; with file, line and key.
+        ModelError: rows with messages, and a tokenizer without a chat template.
+    """
+    stage = recipe.stages[plan.index]
+    train, counts = _tokenized(recipe, plan, stage.data, "data", tokenizer)
+    eval_rows, eval_counts = None, None
+    if stage.eval_data:
+        eval_rows, eval_counts = _tokenized(recipe, plan, stage.eval_data, "eval_data", tokenizer)
+    return StageData(
+        train=train,
+        eval=eval_rows,
+        counts=counts,
+        eval_counts=eval_counts,
+        steps_rows=_rows_after_packing(train, plan),
+        digest=content_digest(train) + (content_digest(eval_rows) if eval_rows else ""),
+        revisions={s.path: s.revision for s in (*stage.data, *stage.eval_data) if s.revision},
+    )
+
+
+def load_source(source: Source, where: str, seed: int) -> Dataset:
+    """The rows of one source, renamed and drawn, with their own columns otherwise.
+
+    Raises:
+        DataError: nothing there, not readable, empty, or a renamed column that is missing.
+    """
+    rows = _load(source, where)
+    for ours, theirs in source.columns.items():
+        if theirs not in rows.column_names:
+            raise DataError(f"{where}: columns: {ours}: {theirs} is not a column; found {', '.join(rows.column_names)}")
+        if ours != theirs and ours in rows.column_names:
+            rows = rows.remove_columns(ours)
+        rows = rows if ours == theirs else rows.rename_column(theirs, ours)
+    if len(rows) == 0:
+        raise DataError(f"{where}: {source.path!r} has no rows in split {source.split!r}")
+    wanted = min(source.limit or len(rows), round(len(rows) * (source.fraction or 1)) or 1)
+    if wanted < len(rows):
+        rows = rows.select(sorted(random.Random(seed).sample(range(len(rows)), wanted)))
+    return rows
+
+
+def content_digest(rows: Dataset) -> str:
+    """SHA-256 over the token ids of every row, in order; independent of files, caches and machines."""
+    sha = hashlib.sha256()
+    for batch in rows.with_format("arrow").iter(10_000):
+        for name in sorted(batch.column_names):
+            column = batch.column(name).combine_chunks()
+            sha.update(column.value_lengths().to_numpy(zero_copy_only=False).tobytes())
+            sha.update(column.flatten().to_numpy(zero_copy_only=False).tobytes())
+    return sha.hexdigest()
+
+
+def prompt_of(row: Row) -> Any:
+    """The prompt of a row that asks for an answer: text, or messages."""
+    if row.get("instruction") is not None:
+        text = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
+        return [*_system(row), {"role": "user", "content": text}]
+    prompt = row["prompt"] if row.get("prompt") is not None else row.get("messages", row.get("conversations"))
+    return _messages(prompt) if isinstance(prompt, list) else prompt
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def _load(source: Source, where: str) -> Dataset:
+    path = Path(source.path)
+    builder = next((BUILDERS[s] for s in reversed(path.suffixes) if s in BUILDERS), None)
+    if (builder or path.is_absolute()) and not path.exists():
+        raise DataError(f"{where}: no such file: {source.path}{_nearby(path)}")
+    name, files = (builder, source.path) if builder and path.is_file() else (source.path, source.data_files)
+    try:
+        rows = datasets.load_dataset(
+            name, name=source.name, data_files=files, split=source.split, revision=source.revision
+        )
+    except Exception as error:  # every builder raises its own; all of them mean that this source cannot be read
+        cause = error.__cause__ or error
+        raise DataError(f"{where}: {source.path!r} cannot be read: {chat.first_line(cause)}") from error
+    return rows
+
+
+def _nearby(path: Path) -> str:
+    files = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, files, n=1)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def _format(source: Source, columns: list[str], stage_type: str, where: str) -> str:
+    found = f"found columns {', '.join(columns)}"
+    way_out = "rename with columns: {ours: theirs}"
+    if stage_type == "dpo" or source.format is not None:
+        shape = "preference" if stage_type == "dpo" else str(source.format)
+        if source.format not in (None, shape):
+            raise DataError(f"{where}: format: {source.format} has no pairs; a dpo stage needs preference rows")
+        needed = ("chosen",) if shape == "preference" and stage_type == "sft" else NEEDED[shape]
+        missing = [name for name in needed if name not in columns]
+        if missing:
+            raise DataError(f"{where}: no column {', '.join(missing)}; {found}; {way_out}")
+        return shape
+    rules = (
+        ("messages", "messages" in columns),
+        ("alpaca", "output" in columns and ("instruction" in columns or "prompt" in columns)),
+        ("prompt_completion", "prompt" in columns and "completion" in columns),
+        ("preference", "chosen" in columns),
+        ("sharegpt", "conversations" in columns),
+        ("text", "text" in columns),
+    )
+    for shape, matches in rules:
+        if matches:
+            return shape
+    expected = "; ".join(f"{shape}: {' + '.join(names)}" for shape, names in NEEDED.items())
+    raise DataError(f"{where}: the format is not recognised; {found}; expected one of ({expected}), or {way_out}")
+
+
+# --- converting: any known row to messages, prompt + completion, prompt + chosen + rejected, or text ------------------
+
+
+def to_sft(row: Row, shape: str) -> Row | None:
+    """A row of a known shape as `messages`, `prompt` + `completion` or `text`; `None` where the answer is empty."""
+    if shape == "text":
+        return {"text": row["text"]} if _said(row["text"]) else None
+    if shape in ("messages", "sharegpt"):
+        messages = _messages(row["messages" if shape == "messages" else "conversations"])
+        if messages and messages[0]["role"] != "system":
+            messages = [*_system(row), *messages]
+        return {"messages": messages} if messages and _said(messages[-1].get("content")) else None
+    if shape == "preference":
+        pair = to_preference({**row, "rejected": row.get("rejected", row["chosen"])})
+        return {"prompt": pair["prompt"], "completion": pair["chosen"]} if pair else None
+    prompt, answer = prompt_of(row), row["output" if shape == "alpaca" else "completion"]
+    if not _said(prompt) or not _said(answer):
+        return None
+    return dict(zip(("prompt", "completion"), _same_form(prompt, answer), strict=True))
+
+
+def to_preference(row: Row) -> Row | None:
+    """A pair as `prompt`, `chosen`, `rejected`, all text or all messages; `None` where an answer is empty."""
+    chosen, rejected = _turns(row["chosen"]), _turns(row["rejected"])
+    if not _said(chosen) or not _said(rejected):
+        return None
+    whole_conversation = isinstance(chosen, list) and chosen[0]["role"] != "assistant"
+    prompt = None if whole_conversation else prompt_of(row)
+    if prompt is None:
+        return _without_common_start(chosen, rejected)
+    prompt, chosen, rejected = _same_form(prompt, chosen, rejected)
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _without_common_start(chosen: Any, rejected: Any) -> Row:
+    if chosen == rejected and isinstance(chosen, list):
+        return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
+    from trl.data_utils import extract_prompt
+
+    return dict(extract_prompt({"chosen": chosen, "rejected": rejected}))
+
+
+def _turns(value: Any) -> Any:
+    return _messages([value]) if isinstance(value, dict) else _messages(value) if isinstance(value, list) else value
+
+
+def _messages(turns: list[Row]) -> list[Row]:
+    """Messages with `role` and `content`; ShareGPT's `from` and `value` mean the same."""
+    renamed = [{"role": t["from"], "content": t["value"]} if t.get("from") is not None else t for t in turns]
+    return [
+        {k: v for k, v in turn.items() if v is not None} | {"role": ROLES.get(turn["role"], turn["role"])}
+        for turn in renamed
+    ]
+
+
+def _same_form(prompt: Any, *answers: Any) -> tuple[Any, ...]:
+    """All text where all are text, else all messages."""
+    if isinstance(prompt, str) and all(isinstance(answer, str) for answer in answers):
+        return (prompt, *answers)
+    as_messages = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt]
+    as_messages += [[{"role": "assistant", "content": a}] if isinstance(a, str) else _turns(a) for a in answers]
+    return tuple(as_messages)
+
+
+def _system(row: Row) -> list[Row]:
+    return [{"role": "system", "content": row["system"]}] if row.get("system") else []
+
+
+def _said(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and _said(value[-1].get("content"))
+    return isinstance(value, str) and bool(value.strip())
+
+
+# --- tokenizing and counting -----------------------------------------------------------------------------------------
+
+
+def _tokenized(
+    recipe: Recipe, plan: StagePlan, sources: list[Source], key: str, tokenizer: Any
+) -> tuple[Dataset, Counts]:
+    parts: list[Dataset] = []
+    status: Counter[str] = Counter()
+    for i, source in enumerate(sources):
+        where = recipe.where("stages", plan.index, key, i, "path")
+        rows = load_source(source, where, recipe.seed)
+        shape = _format(source, rows.column_names, plan.type, where)
+        rows = _map(rows, shape, plan, tokenizer, where)
+        status.update(rows["status"])
+        kept = rows.filter(lambda s: s in (KEPT, TRUNCATED), input_columns="status") if status else rows
+        parts.append(kept.remove_columns("status"))
+    train = concatenate_datasets(parts)
+    dropped = {reason: n for reason, n in status.items() if reason not in (KEPT, TRUNCATED)}
+    if len(train) == 0:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items())
+        raise DataError(f"{recipe.where('stages', plan.index, key)}: no row is left to train on ({reasons})")
+    tokens, supervised = _count_tokens(train, plan.type)
+    return train, Counts(len(train), tokens, supervised, status[TRUNCATED], dropped)
+
+
+def _map(rows: Dataset, shape: str, plan: StagePlan, tokenizer: Any, where: str) -> Dataset:
+    convert = to_preference if plan.type == "dpo" else to_sft
+    first = convert(rows[0]) if plan.type == "dpo" else convert(rows[0], shape)  # type: ignore[call-arg]
+    talks = first is not None and any(isinstance(value, list) for value in first.values())
+    if talks and not tokenizer.chat_template:
+        raise ModelError(
+            f"{where}: the rows are conversations, and the base's tokenizer has no chat template; "
+            f"set model.chat_template, as in chat_template: chatml"
+        )
+    settings = {
+        "shape": shape,
+        "max_length": plan.trainer.get("max_length", 1024),
+        "keep_end": plan.trainer.get("truncation_mode") == "keep_end",
+        "packing": plan.trainer.get("packing", False),
+        "everything": plan.trainer.get("completion_only_loss") is False
+        or (shape in ("messages", "sharegpt") and plan.trainer.get("assistant_only_loss") is False),
+        "template": chat.assistant_template(tokenizer) if talks and "messages" in (first or {}) else None,
+        "where": where,
+        "tokenizer": tokenizer,
+    }
+    if plan.trainer.get("assistant_only_loss") and settings["template"] is None:
+        raise ModelError(f"{where}: assistant_only_loss needs messages, and a chat template with {{% generation %}}")
+    row_to_ids = _preference_ids if plan.type == "dpo" else _sft_ids
+    return rows.map(
+        row_to_ids,
+        with_indices=True,
+        fn_kwargs=settings,
+        remove_columns=rows.column_names,
+        num_proc=plan.trainer.get("dataset_num_proc"),
+        desc=f"Tokenizing {plan.name}",
+    )
+
+
+def _sft_ids(row: Row, index: int, *, shape: str, tokenizer: Any, template: str | None, where: str, **settings: Any) -> Row:
+    nothing: Row = {"input_ids": [], "labels": []}
+    try:
+        known = to_sft(row, shape)
+        if known is None:
+            return nothing | {"status": EMPTY}
+        if "text" in known:
+            ids = chat.tokenize_text(known, tokenizer)
+        elif "messages" in known and template is not None:
+            ids = chat.tokenize_messages(known, tokenizer, template)
+        else:
+            if "messages" in known:
+                *prompt, last = known["messages"]
+                if last["role"] != "assistant":
+                    return nothing | {"status": NO_ASSISTANT}
+                known = {"prompt": prompt, "completion": [last]}
+            ids = chat.tokenize_prompt_completion(known, tokenizer)
+    except Exception as error:
+        raise _row_error(where, index, error) from error
+    if settings["everything"]:
+        ids["labels"] = list(ids["input_ids"])
+    elif all(label == chat.IGNORED for label in ids["labels"]):
+        return nothing | {"status": NO_ASSISTANT}
+    limit = settings["max_length"]
+    if limit is None or len(ids["input_ids"]) <= limit:
+        return ids | {"status": KEPT}
+    if settings["packing"]:
+        return ids | {"status": TRUNCATED}  # packing cuts or splits the row itself
+    kept = slice(-limit, None) if settings["keep_end"] else slice(limit)
+    ids = {name: values[kept] for name, values in ids.items()}
+    supervised = any(label != chat.IGNORED for label in ids["labels"])
+    return ids | {"status": TRUNCATED} if supervised else nothing | {"status": NO_ROOM}
+
+
+def _preference_ids(row: Row, index: int, *, tokenizer: Any, where: str, max_length: int | None, **_: Any) -> Row:
+    nothing: Row = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
+    try:
+        known = to_preference(row)
+        if known is None:
+            return nothing | {"status": EMPTY}
+        ids = chat.tokenize_preference(known, tokenizer)
+    except Exception as error:
+        raise _row_error(where, index, error) from error
+    prompt = len(ids["prompt_ids"])
+    if max_length is not None and prompt >= max_length:
+        return nothing | {"status": NO_ROOM}
+    longest = prompt + max(len(ids["chosen_ids"]), len(ids["rejected_ids"]))
+    return ids | {"status": TRUNCATED if max_length is not None and longest > max_length else KEPT}
+
+
+def _row_error(where: str, index: int, error: Exception) -> DataError:
+    text = f"no key {error}" if isinstance(error, KeyError) else chat.first_line(error)
+    return DataError(f"{where}: row {index}: cannot be read as this format: {text}")
+
+
+def _count_tokens(rows: Dataset, stage_type: str) -> tuple[int, int]:
+    tokens = supervised = 0
+    for batch in rows.with_format("arrow").iter(10_000):
+        length = {name: batch.column(name).combine_chunks().flatten() for name in batch.column_names}
+        if stage_type == "sft":
+            tokens += len(length["input_ids"])
+            labels = length["labels"].to_numpy(zero_copy_only=False)
+            supervised += int((labels != chat.IGNORED).sum())
+        else:
+            completions = len(length["chosen_ids"]) + len(length["rejected_ids"])
+            tokens += 2 * len(length["prompt_ids"]) + completions
+            supervised += completions
+    return tokens, supervised
+
+
+def _rows_after_packing(rows: Dataset, plan: StagePlan) -> int:
+    if not plan.trainer.get("packing"):
+        return len(rows)
+    from trl import pack_dataset
+
+    limit = plan.trainer.get("max_length", 1024)
+    return len(pack_dataset(rows, limit, plan.trainer.get("packing_strategy", "bfd")))

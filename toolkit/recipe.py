@@ -1,0 +1,171 @@
+"""The recipe: what one experiment is, as frozen, strict pydantic models.
+
+`trainer`, `lora` and `quantization` hold fields of TRL, PEFT and transformers under their own names. They are not
+declared again here; `toolkit.fields` checks them against the installed classes.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
+
+Location = tuple[str | int, ...]
+Format = Literal["messages", "sharegpt", "prompt_completion", "preference", "alpaca", "text"]
+
+
+def _as_list(value: Any) -> Any:
+    """A single source may stand without its list dash, and a path without its key."""
+    items = value if isinstance(value, list) else [value]
+    return [{"path": item} if isinstance(item, str) else item for item in items]
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors, values keep their YAML type, nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Model(Strict):
+    """The base model. Its weights are never changed."""
+
+    name_or_path: str = Field(min_length=1)
+    """Hub id, or a folder. A path that begins with `./` or `../` is relative to the recipe file."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub; the commit it resolved to is recorded in `resolved.json`."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Weights are held in this type. `auto`: bfloat16 where the hardware computes in it, else float32."""
+    attn_implementation: str | None = None
+    """Passed to `from_pretrained`; `None` takes transformers' choice."""
+    chat_template: str | None = None
+    """Name of a template (`chatml`, `zephyr`, or one that TRL ships, such as `llama3`), or a `.jinja` file."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+
+class Source(Strict):
+    """One data set, or a part of one."""
+
+    path: str = Field(min_length=1)
+    """Hub id, or a local JSON, JSONL, CSV or Parquet file, or a folder."""
+    name: str | None = None
+    """Configuration (subset) of a Hub data set."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    split: str = "train"
+    """Split expression, as `datasets.load_dataset` reads it."""
+    data_files: str | list[str] | None = None
+    """Files inside `path`, as `datasets.load_dataset` reads them."""
+    format: Format | None = None
+    """Shape of the rows; detected from the columns where not given."""
+    columns: dict[str, str] = {}
+    """The toolkit's column name -> this file's column name, as in `{prompt: question, chosen: good}`."""
+    limit: int | None = Field(None, ge=1)
+    """At most this many rows, drawn by seed."""
+    fraction: float | None = Field(None, gt=0, le=1)
+    """This share of the rows, drawn by seed."""
+
+    @model_validator(mode="after")
+    def _one_way_to_draw(self) -> "Source":
+        if self.limit is not None and self.fraction is not None:
+            raise ValueError("both limit and fraction are given; keep one of them")
+        return self
+
+
+Sources = Annotated[list[Source], BeforeValidator(_as_list)]
+
+
+class Stage(Strict):
+    """One training stage: TRL's SFTTrainer or DPOTrainer on one adapter."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """Folder name in the run directory; unique. Defaults to the type."""
+    type: Literal["sft", "dpo"]
+    from_: str | None = Field(None, alias="from")
+    """`base`, the name of an earlier stage, or an adapter (folder or Hub id). Default: the stage before."""
+    adapter: Literal["new", "continue"] = "new"
+    """`new`: a new adapter over the frozen one it starts from. `continue`: train that one further."""
+    lora: dict[str, Any] | None = None
+    """Fields of `peft.LoraConfig`, over those of the recipe."""
+    data: Sources = Field(min_length=1)
+    eval_data: Sources = []
+    trainer: dict[str, Any] = {}
+    """Fields of `trl.SFTConfig` or `trl.DPOConfig`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_defaults_to_type(cls, value: Any) -> Any:
+        return {"name": value["type"], **value} if isinstance(value, dict) and "type" in value else value
+
+
+class Score(Strict):
+    """How one column of the closing table is counted: the share of answers that fulfil it."""
+
+    column: str | None = None
+    """The answer contains the text in this column of the row."""
+    regex: str | None = None
+    """The answer matches this regular expression."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> "Score":
+        if (self.column is None) == (self.regex is None):
+            raise ValueError("give either column or regex")
+        return self
+
+
+class Evaluate(Strict):
+    """Greedy answers of base and every stage to held-out prompts, after the last stage."""
+
+    data: Sources = Field(min_length=1)
+    """Rows with `prompt` (text or messages), and the columns that `scores` name."""
+    scores: dict[str, Score] = {}
+    """Column title -> how it is counted."""
+    max_new_tokens: int = Field(128, ge=1)
+    """Length of an answer, in tokens."""
+    batch_size: int = Field(32, ge=1)
+    samples: int = Field(3, ge=0)
+    """How many prompts are printed with the answers below them."""
+
+
+class Hub(Strict):
+    """Where the adapter is pushed once training has ended and the adapter is verified."""
+
+    repo_id: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
+    private: bool = False
+
+
+class Recipe(Strict):
+    """One experiment. Load one with `toolkit.load_recipe`."""
+
+    model: Model
+    quantization: dict[str, Any] | None = None
+    """Fields of `transformers.BitsAndBytesConfig`."""
+    lora: dict[str, Any] = {}
+    """Fields of `peft.LoraConfig`."""
+    stages: list[Stage] = Field(min_length=1)
+    evaluate: Evaluate | None = None
+    hub: Hub | None = None
+    seed: int = Field(42, ge=0)
+
+    _file: Path = PrivateAttr(default=Path("recipe.yaml"))
+    _lines: dict[Location, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def file(self) -> Path:
+        """The recipe file it was loaded from."""
+        return self._file
+
+    def where(self, *location: str | int) -> str:
+        """`file:line: dotted.key` of a location such as `("stages", 0, "data", 0, "path")`, for error messages."""
+        return f"{position(self._lines, location) or self._file}: {dotted(location)}"
+
+
+def position(lines: dict[Location, str], location: Location) -> str:
+    """`file:line` of the location, or of the nearest thing around it that has a line."""
+    while location and location not in lines:
+        location = location[:-1]
+    return lines.get(location, "")
+
+
+def dotted(location: Location) -> str:
+    """`("stages", 0, "data")` -> `stages[0].data`."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")

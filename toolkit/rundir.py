@@ -1,0 +1,155 @@
+"""The run directory: whose it is, which stages are finished, and writes that are whole or not there."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from toolkit.errors import RunError
+from toolkit.recipe import Recipe
+
+RESOLVED, RECIPE, STAGE, STARTED, ADAPTER = "resolved.json", "recipe.yaml", "stage.json", "started.json", "adapter"
+
+
+class RunDirectory:
+    """One recipe's run. A stage is finished when its `stage.json` is there: it is written last, and atomically."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def claim(self, recipe: Recipe) -> None:
+        """Make the directory, or recognise it as this recipe's.
+
+        Raises:
+            RunError: it holds something else, or cannot be written.
+        """
+        if self.path.exists() and (not self.path.is_dir() or (any(self.path.iterdir()) and not self._resolved())):
+            raise RunError(f"{self.path}: is not a run directory; choose another with --output")
+        held = (self._resolved() or {}).get("identity", identity(recipe))
+        if held != identity(recipe):
+            raise RunError(
+                f"{self.path}: holds the run of {held['recipe']} on {held['base']}, this is {identity(recipe)['recipe']}"
+                f" on {identity(recipe)['base']}; choose another directory with --output"
+            )
+        with storage(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        if not os.access(self.path, os.W_OK):
+            raise RunError(f"{self.path}: cannot be written; choose another directory with --output")
+
+    def record(self, recipe: Recipe, resolved: dict[str, Any]) -> None:
+        """Write what was asked for and what it resolved to."""
+        with storage(self.path):
+            write_text(self.path / RECIPE, recipe.file.read_text(encoding="utf-8"))
+            write_json(self.path / RESOLVED, {"identity": identity(recipe), **resolved})
+
+    def folder(self, stage: str) -> Path:
+        """Where a stage keeps its adapter, checkpoints, metrics."""
+        return self.path / stage
+
+    def adapter(self, stage: str) -> Path:
+        """The adapter a stage ended with: a plain PEFT adapter on the original base."""
+        return self.path / stage / ADAPTER
+
+    def finished(self, stage: str) -> dict[str, Any] | None:
+        """The stage's `stage.json`, or `None` where it has not finished."""
+        return read_json(self.folder(stage) / STAGE)
+
+    def started(self, stage: str, digest: str) -> bool:
+        """Whether an unfinished attempt at exactly this stage lies there, to be resumed."""
+        begun = read_json(self.folder(stage) / STARTED)
+        return self.finished(stage) is None and begun is not None and begun.get("digest") == digest
+
+    def begin(self, stage: str, digest: str) -> Path:
+        """The folder to train in: the one of an interrupted attempt, else an empty one; an older result is kept aside."""
+        folder = self.folder(stage)
+        with storage(self.path):
+            if not self.started(stage, digest):
+                self.set_aside(stage)
+            folder.mkdir(exist_ok=True)
+            write_json(folder / STARTED, {"digest": digest})
+        return folder
+
+    def set_aside(self, stage: str) -> None:
+        """Move what a stage left behind to `STAGE.previous`, in place of what was there."""
+        folder, previous = self.folder(stage), self.path / f"{stage}.previous"
+        if (folder / STAGE).exists() or (folder / STARTED).exists():
+            shutil.rmtree(previous, ignore_errors=True)
+            folder.rename(previous)
+
+    def finish(self, stage: str, adapter: Path, record: dict[str, Any]) -> None:
+        """Take a verified adapter in, and mark the stage as finished."""
+        with storage(self.path):
+            target = self.adapter(stage)
+            shutil.rmtree(target, ignore_errors=True)
+            adapter.rename(target)
+            write_json(self.folder(stage) / STAGE, record)
+            (self.folder(stage) / STARTED).unlink(missing_ok=True)
+
+    def deliver(self, stage: str) -> Path:
+        """Make `adapter/` the one of the given stage, in one step."""
+        target, partial = self.path / ADAPTER, self.path / f"{ADAPTER}.partial"
+        with storage(self.path):
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(self.adapter(stage), partial)
+            shutil.rmtree(target, ignore_errors=True)
+            partial.rename(target)
+        return target
+
+    def _resolved(self) -> dict[str, Any] | None:
+        return read_json(self.path / RESOLVED)
+
+
+def identity(recipe: Recipe) -> dict[str, str]:
+    """Which experiment a run directory belongs to, wherever the repository lies."""
+    base = Path(recipe.model.name_or_path)
+    name = f"{recipe.file.resolve().parent.name}/{recipe.file.name}"
+    return {"recipe": name, "base": base.name if base.is_absolute() else str(base)}
+
+
+def default_output(recipe: Recipe) -> Path:
+    """`recipes/quickstart/sft_dpo_lora.yaml` runs in `runs/quickstart-sft_dpo_lora`."""
+    return Path("runs") / f"{recipe.file.resolve().parent.name}-{recipe.file.stem}"
+
+
+def read_json(file: Path) -> dict[str, Any] | None:
+    """The object in a file, or `None` where there is none, or not a whole one."""
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return None
+
+
+def write_json(file: Path, value: dict[str, Any]) -> None:
+    """Write an object; nulls are kept."""
+    write_text(file, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file so that it is the old one or the new one at any moment."""
+    partial = file.with_name(f".{file.name}.partial")
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(file)
+
+
+@contextmanager
+def storage(path: Path) -> Iterator[None]:
+    """Say a failed write in one sentence.
+
+    Raises:
+        RunError: the disk is full, or the path cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            text = "the disk is full; free some space or choose another --output, then run the same command to resume"
+        else:
+            text = f"cannot be written: {error.strerror or error}; choose another directory with --output"
+        raise RunError(f"{path}: {text}") from error

@@ -1,0 +1,43 @@
+"""The SFT stage: `trl.SFTTrainer` over tokenized rows."""
+
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+from trl import SFTConfig, SFTTrainer
+
+from toolkit import adapter, trainer
+from toolkit.data import StageData
+from toolkit.plan import Hardware, StagePlan
+from toolkit.recipe import Recipe
+
+
+def build(
+    recipe: Recipe,
+    plan: StagePlan,
+    data: StageData,
+    base: PreTrainedModel,
+    tokenizer: Any,
+    start: Path | None,
+    folder: Path,
+    hardware: Hardware,
+) -> SFTTrainer:
+    """TRL's trainer for this stage, ready to train; the adapter it trains is named `default`.
+
+    Rows come with `labels` already in place, so TRL only packs or shuffles them where the recipe asks for it.
+    """
+    where = recipe.where("stages", plan.index)
+    rows_are_final = not plan.trainer.get("packing") and not plan.trainer.get("shuffle_dataset")
+    args = trainer.arguments(
+        SFTConfig, plan, recipe.seed, hardware, folder, where, dataset_kwargs={"skip_prepare_dataset": rows_are_final}
+    )
+    model: PeftModel | None = adapter.policy(base, plan, start, recipe.seed, where)
+    return SFTTrainer(
+        model=base if model is None else model,
+        args=args,
+        train_dataset=data.train,
+        eval_dataset=data.eval,
+        processing_class=tokenizer,
+        peft_config=adapter.lora_config(plan, where) if model is None else None,
+    )

@@ -1,0 +1,113 @@
+"""What SFT and DPO share around TRL's trainers: their arguments, checkpoints, and running one to its end."""
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from toolkit.chat import first_line
+from toolkit.errors import ModelError
+from toolkit.plan import Hardware, StagePlan
+from toolkit.progress import Metrics, Progress
+from toolkit.rundir import storage
+
+# Settings that shape the rows. The toolkit has applied them by the time the trainer gets its rows.
+APPLIED_TO_ROWS = ("completion_only_loss", "assistant_only_loss")
+CHECKPOINT_FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt")  # and rng_state*.pth, one per process
+
+
+def arguments(config_class: Any, plan: StagePlan, seed: int, hardware: Hardware, folder: Path, where: str, **own: Any) -> Any:
+    """`SFTConfig` or `DPOConfig` of the stage; checkpoints go to `folder/checkpoints`.
+
+    Raises:
+        ModelError: a value or combination that TRL or transformers refuse.
+    """
+    settings = {key: value for key, value in plan.trainer.items() if key not in APPLIED_TO_ROWS}
+    if hardware.device == "cpu":
+        settings.setdefault("dataloader_pin_memory", False)
+    try:
+        return config_class(
+            output_dir=str(folder / "checkpoints"), seed=seed, disable_tqdm=True, **{**settings, **own}
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise ModelError(f"{where}: {first_line(error)}") from None
+
+
+def fit(trainer: Any, plan: StagePlan, folder: Path) -> dict[str, float]:
+    """Train to the end, from the last complete checkpoint if there is one.
+
+    Returns:
+        transformers' closing metrics (`train_runtime` in seconds, `train_loss`, ...).
+
+    Raises:
+        RunError: the disk is full or not writable; checkpoints stay as they are.
+    """
+    progress = Progress(plan.name)
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(Metrics(folder / "metrics.jsonl"))
+    trainer.add_callback(progress)
+    checkpoint = last_checkpoint(folder / "checkpoints")
+    if checkpoint is not None:
+        print(f"  resumes from {checkpoint.name}", flush=True)
+    try:
+        with storage(folder):
+            result = _train(trainer, checkpoint)
+    finally:
+        progress.close()
+    return dict(result.metrics)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole: `trainer_state.json`, which is written last, is there and readable."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[-1]), reverse=True)
+    return next((path for path in found if _is_complete(path)), None)
+
+
+def optimizer_steps(rows: int, plan: StagePlan, hardware: Hardware) -> int:
+    """Optimizer steps that transformers' Trainer will take over `rows` rows."""
+    if plan.trainer.get("max_steps", -1) > 0:
+        return int(plan.trainer["max_steps"])
+    per_device = plan.trainer.get("per_device_train_batch_size", 8)
+    if plan.trainer.get("dataloader_drop_last"):
+        batches = rows // per_device // hardware.processes
+    else:
+        batches = -(-(-(-rows // per_device)) // hardware.processes)
+    per_epoch = max(-(-batches // plan.trainer.get("gradient_accumulation_steps", 1)), 1)
+    return int(-(-plan.trainer["num_train_epochs"] * per_epoch // 1))
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return False
+    files = {file.name for file in path.iterdir()}
+    return all(name in files for name in CHECKPOINT_FILES) and any(f.startswith("rng_state") for f in files)
+
+
+def _train(trainer: Any, checkpoint: Path | None) -> Any:
+    try:
+        return trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except RuntimeError as error:
+        # torch.save writes its archive in C++, and reports a full disk as a failed write
+        if "PytorchStreamWriter failed" in str(error) or "file write failed" in str(error):
+            raise OSError(errno.ENOSPC, str(error)) from error
+        raise
+    except SafetensorError as error:
+        if "No space left" in str(error):
+            raise OSError(errno.ENOSPC, str(error)) from error
+        raise
+
+
+def release() -> None:
+    """Give the memory of deleted models back before the next one is loaded."""
+    import gc
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
