@@ -103,7 +103,9 @@ def check_targets(empty: PreTrainedModel, plan: StagePlan, where: str) -> int:
         ModelError: `target_modules` matches nothing, or PEFT refuses the configuration for this model.
     """
     try:
-        model = get_peft_model(empty, lora_config(plan, where))
+        config = lora_config(plan, where)
+        config.init_lora_weights = True  # only shapes are asked for here, and some initialisations need real weights
+        model = get_peft_model(empty, config, low_cpu_mem_usage=True)
     except (ValueError, TypeError, NotImplementedError) as error:
         modules = sorted({name.split(".")[-1] for name, m in empty.named_modules() if isinstance(m, torch.nn.Linear)})
         raise ModelError(f"{where}: {first_line(error)} Linear modules of this model: {', '.join(modules)}") from None
@@ -125,6 +127,20 @@ def check_stackable(config: dict[str, Any], where: str) -> None:
         found.append(f"peft_type {config['peft_type']}: only LoRA adapters are put together by rank")
     if found:
         raise ModelError(f"{where}: a new adapter cannot be stacked here ({'; '.join(found)}); use adapter: continue")
+
+
+def check_initialisation(config: dict[str, Any], where: str) -> None:
+    """Refuse an adapter that is not relative to the base's own weights.
+
+    Raises:
+        ModelError
+    """
+    name = config.get("init_lora_weights", True)
+    if name not in (True, False, "gaussian", "orthogonal"):
+        raise ModelError(
+            f"{where}: the adapter was initialised with {name!r}, so it stands on a base that loading it rewrites; "
+            f"convert it to a plain adapter first (PEFT: save_pretrained(..., path_initial_model_for_weight_conversion))"
+        )
 
 
 def read_config(adapter: Path) -> dict[str, Any]:
@@ -174,7 +190,7 @@ def concatenate(start: Path, trained: Path, folder: Path) -> None:
 
 
 def check_values(adapter: Path) -> None:
-    """Refuse an adapter that holds NaN or infinity, or that changes nothing.
+    """Refuse an adapter that holds NaN or infinity, that changes nothing, or that fits no base but a rewritten one.
 
     Raises:
         ProofError
@@ -185,6 +201,7 @@ def check_values(adapter: Path) -> None:
         raise ProofError(f"the adapter holds NaN or infinite values, first in {broken[0]}; lower the learning rate")
     if not any(tensor.any() for key, tensor in weights.items() if not _is_a(key)):
         raise ProofError("every lora_B is zero, so the adapter changes nothing: was the learning rate zero?")
+    check_initialisation(read_config(adapter), str(adapter))
 
 
 def adapter_digest(adapter: Path) -> str:

@@ -276,36 +276,42 @@ def _tokenized(
 
 
 def _map(rows: Dataset, shape: str, plan: StagePlan, tokenizer: Any, where: str) -> Dataset:
-    convert = to_preference if plan.type == "dpo" else to_sft
-    first = convert(rows[0]) if plan.type == "dpo" else convert(rows[0], shape)  # type: ignore[call-arg]
-    talks = first is not None and any(isinstance(value, list) for value in first.values())
-    if talks and not tokenizer.chat_template:
+    settings = plan.trainer
+    turns = shape in ("messages", "sharegpt")
+    if _talks(rows, shape) and not tokenizer.chat_template:
         raise ModelError(
             f"{where}: the rows are conversations, and the base's tokenizer has no chat template; "
             f"set model.chat_template, as in chat_template: chatml"
         )
-    settings = {
-        "shape": shape,
-        "max_length": plan.trainer.get("max_length", 1024),
-        "keep_end": plan.trainer.get("truncation_mode") == "keep_end",
-        "packing": plan.trainer.get("packing", False),
-        "everything": plan.trainer.get("completion_only_loss") is False
-        or (shape in ("messages", "sharegpt") and plan.trainer.get("assistant_only_loss") is False),
-        "template": chat.assistant_template(tokenizer) if talks and "messages" in (first or {}) else None,
-        "where": where,
-        "tokenizer": tokenizer,
-    }
-    if plan.trainer.get("assistant_only_loss") and settings["template"] is None:
+    template = chat.assistant_template(tokenizer) if turns and plan.type == "sft" else None
+    if settings.get("assistant_only_loss") and template is None:
         raise ModelError(f"{where}: assistant_only_loss needs messages, and a chat template with {{% generation %}}")
-    row_to_ids = _preference_ids if plan.type == "dpo" else _sft_ids
+    whole_row = settings.get("completion_only_loss") is False or (turns and settings.get("assistant_only_loss") is False)
     return rows.map(
-        row_to_ids,
+        _preference_ids if plan.type == "dpo" else _sft_ids,
         with_indices=True,
-        fn_kwargs=settings,
+        fn_kwargs={
+            "shape": shape,
+            "tokenizer": tokenizer,
+            "template": template,
+            "where": where,
+            "whole_row": whole_row,
+            "max_length": settings.get("max_length", 1024),
+            "keep_end": settings.get("truncation_mode") == "keep_end",
+            "packing": settings.get("packing", False),
+        },
         remove_columns=rows.column_names,
-        num_proc=plan.trainer.get("dataset_num_proc"),
+        num_proc=settings.get("dataset_num_proc"),
         desc=f"Tokenizing {plan.name}",
     )
+
+
+def _talks(rows: Dataset, shape: str) -> bool:
+    """Whether the rows of this shape become messages, for which a chat template is needed."""
+    columns = rows.column_names
+    if shape in ("messages", "sharegpt") or "instruction" in columns:
+        return True
+    return any(isinstance(rows[0].get(name), list | dict) for name in ("prompt", "completion", "output", "chosen"))
 
 
 def _sft_ids(row: Row, index: int, *, shape: str, tokenizer: Any, template: str | None, where: str, **settings: Any) -> Row:
@@ -327,7 +333,7 @@ def _sft_ids(row: Row, index: int, *, shape: str, tokenizer: Any, template: str 
             ids = chat.tokenize_prompt_completion(known, tokenizer)
     except Exception as error:
         raise _row_error(where, index, error) from error
-    if settings["everything"]:
+    if settings["whole_row"]:
         ids["labels"] = list(ids["input_ids"])
     elif all(label == chat.IGNORED for label in ids["labels"]):
         return nothing | {"status": NO_ASSISTANT}

@@ -213,19 +213,10 @@ def _trainable(
         start_config = adapter.read_config(start) if start else (parent.plan.lora if parent else {})
         adapter.check_stackable(start_config, where)
     if start is not None:
-        _check_initialisation(adapter.read_config(start), recipe.where("stages", plan.index, "from"))
+        adapter.check_initialisation(adapter.read_config(start), recipe.where("stages", plan.index, "from"))
     if plan.mode != "continue":
         return adapter.check_targets(empty, plan, recipe.where("lora", "target_modules"))
     return parent.trainable if parent else adapter.trainable_parameters(start) if start else 0
-
-
-def _check_initialisation(config: dict[str, Any], where: str) -> None:
-    name = config.get("init_lora_weights", True)
-    if name not in (True, False, "gaussian", "orthogonal"):
-        raise ModelError(
-            f"{where}: the adapter was initialised with {name!r}, so it stands on a base that loading it rewrites; "
-            f"convert it to a plain adapter first (PEFT: save_pretrained(..., path_initial_model_for_weight_conversion))"
-        )
 
 
 def _digest_or_none(folder: Path) -> str | None:

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from toolkit.errors import RunError
 from toolkit.recipe import Recipe
 
@@ -42,8 +44,12 @@ class RunDirectory:
 
     def record(self, recipe: Recipe, resolved: dict[str, Any]) -> None:
         """Write what was asked for and what it resolved to."""
+        if recipe.file.is_file():
+            text = recipe.file.read_text(encoding="utf-8")
+        else:  # a recipe made in Python
+            text = yaml.safe_dump(recipe.model_dump(mode="json", by_alias=True), sort_keys=False)
         with storage(self.path):
-            write_text(self.path / RECIPE, recipe.file.read_text(encoding="utf-8"))
+            write_text(self.path / RECIPE, text)
             write_json(self.path / RESOLVED, {"identity": identity(recipe), **resolved})
 
     def folder(self, stage: str) -> Path:

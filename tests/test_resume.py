@@ -1,0 +1,153 @@
+"""What is finished is reused, what changed is run again, what was killed goes on, to the bit."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import toolkit
+from toolkit.progress import read_metrics
+
+
+@pytest.fixture
+def train(recipe: dict[str, Any], write: Any, tmp_path: Path) -> Any:
+    """Train the recipe as it stands into `run`."""
+    return lambda **options: toolkit.train(write(recipe), output=options.pop("output", tmp_path / "run"), **options)
+
+
+def stamps(result: toolkit.RunResult) -> dict[str, int]:
+    """When each stage finished: a stage that is reused keeps its stamp."""
+    return {name: (result.output / name / "stage.json").stat().st_mtime_ns for name in result.stages}
+
+
+def rerun(before: dict[str, int], after: dict[str, int]) -> list[str]:
+    return [name for name in after if before.get(name) != after[name]]
+
+
+def test_finished_stages_are_reused(train: Any) -> None:
+    first, second = train(), train()
+    assert rerun(stamps(first), stamps(second)) == [] or stamps(first) == stamps(second)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("stages.dpo.trainer.beta=0.3", ["dpo"]),
+        ("stages.sft.trainer.learning_rate=5e-3", ["sft", "dpo"]),
+        ("lora.r=2", ["sft", "dpo"]),
+        ("stages.dpo.data=[{path: DPO, limit: 8}]", ["dpo"]),
+        ("seed=8", ["sft", "dpo"]),
+        ("stages.sft.trainer.logging_steps=2", []),
+    ],
+)
+def test_a_changed_stage_and_its_descendants_run_again(
+    train: Any, recipe: dict[str, Any], write: Any, tmp_path: Path, change: str, expected: list[str]
+) -> None:
+    before = stamps(train())
+    change = change.replace("DPO", str(tmp_path / "dpo.jsonl"))
+    after = stamps(toolkit.train(write(recipe), output=tmp_path / "run", overrides=(change,)))
+    assert rerun(before, after) == expected
+    assert (tmp_path / "run" / "dpo.previous" / "stage.json").exists() == ("dpo" in expected)
+
+
+def test_changed_data_runs_again(train: Any, tmp_path: Path) -> None:
+    before = stamps(train())
+    file = tmp_path / "sft.jsonl"
+    file.write_text(file.read_text().replace("it is", "it was"))
+    assert rerun(before, stamps(train())) == ["sft", "dpo"]
+
+
+def test_stage_and_fresh(train: Any) -> None:
+    with pytest.raises(toolkit.RunError, match="starts from sft, which is not finished"):
+        train(stage="dpo")
+    first = train(stage="sft")
+    assert (list(first.stages), first.adapter) == (["sft"], None)
+    second = train(stage="dpo")
+    assert rerun(stamps(first), stamps(second)) == ["dpo"]
+    assert second.adapter is not None
+    assert rerun(stamps(second), stamps(train(stage="dpo", fresh=True))) == ["dpo"]
+    assert rerun(stamps(second), stamps(train(fresh=True))) == ["sft", "dpo"]
+
+
+def test_a_stage_on_a_parent_that_was_replaced_runs_again(train: Any, tmp_path: Path) -> None:
+    before = stamps(train())
+    config = tmp_path / "run" / "sft" / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 4'))
+    assert rerun(before, stamps(train())) == ["dpo"]
+
+
+def command(file: Path, output: Path) -> list[str]:
+    return [sys.executable, "-m", "toolkit", "train", str(file), "--output", str(output)]
+
+
+def kill_at(line: str, file: Path, output: Path) -> None:
+    """Start the command and SIGKILL it as soon as it prints a line that starts so."""
+    process = subprocess.Popen(command(file, output), stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for printed in process.stdout:
+        if printed.strip().startswith(line):
+            os.kill(process.pid, signal.SIGKILL)
+            break
+    assert process.wait() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("line", ["sft 2/", "sft 5/", "dpo: dpo", "dpo 5/"])
+def test_a_killed_run_goes_on_to_the_same_bits(recipe: dict[str, Any], write: Any, tmp_path: Path, line: str) -> None:
+    recipe["lora"]["lora_dropout"] = 0.1
+    for stage in recipe["stages"]:
+        stage["trainer"] |= {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 2}
+    whole = toolkit.train(write(recipe), output=tmp_path / "whole").output
+    file, output = write(recipe), tmp_path / "killed"
+    kill_at(line, file, output)
+    resumed = subprocess.run(command(file, output), capture_output=True, text=True, check=True)
+    assert ("resumes from checkpoint-" in resumed.stdout) == line.endswith("5/")
+    for name in ("sft/adapter", "dpo/adapter", "adapter"):
+        bits = [(run / name / "adapter_model.safetensors").read_bytes() for run in (whole, output)]
+        assert bits[0] == bits[1]
+    for stage in ("sft", "dpo"):
+        steps = [[line["step"] for line in read_metrics(run / stage / "metrics.jsonl")] for run in (whole, output)]
+        assert steps[0] == steps[1]
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    from toolkit.trainer import last_checkpoint
+
+    files = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+    for step in (2, 10, 4):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        for name in files:
+            (folder / name).write_text("{}")
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text('{"cut off')
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+    (tmp_path / "checkpoint-4" / "optimizer.pt").unlink()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+
+
+def test_anothers_directory_is_left_alone(train: Any, recipe: dict[str, Any], write: Any, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("years of work")
+    with pytest.raises(toolkit.RunError, match="is not a run directory; choose another with --output"):
+        train(output=mine)
+    assert [p.name for p in mine.iterdir()] == ["thesis.tex"]
+    before = stamps(train(stage="sft"))
+    with pytest.raises(toolkit.RunError, match=r"holds the run of .*/recipe.yaml on .*, this is .*/other.yaml"):
+        toolkit.train(write(recipe, "other.yaml"), output=tmp_path / "run")
+    assert stamps(train(stage="sft")) == before
+
+
+def test_the_recipe_and_what_it_resolved_to_are_kept(train: Any, recipe: dict[str, Any]) -> None:
+    output = train(stage="sft").output
+    assert yaml.safe_load((output / "recipe.yaml").read_text()) == recipe
+    resolved = yaml.safe_load((output / "resolved.json").read_text())
+    assert resolved["stages"][1]["trainer"]["beta"] == 0.1
+    assert resolved["recipe"]["model"]["revision"] is None
+    assert resolved["dtype"] == "float32"
+    assert len(resolved["base"]["sha256"]) == 64
