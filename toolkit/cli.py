@@ -56,5 +56,6 @@ def _quiet() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # it logs what it then raises
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()

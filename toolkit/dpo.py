@@ -28,6 +28,11 @@ class PairTrainer(DPOTrainer):
         return dataset if "prompt_ids" in dataset.column_names else super()._prepare_dataset(dataset, *args, **kwargs)
 
 
+def arguments(recipe: Recipe, plan: StagePlan, folder: Path, hardware: Hardware) -> DPOConfig:
+    """`DPOConfig` of the stage."""
+    return trainer.arguments(DPOConfig, recipe, plan, hardware, folder)
+
+
 def build(
     recipe: Recipe,
     plan: StagePlan,
@@ -40,11 +45,10 @@ def build(
 ) -> PairTrainer:
     """TRL's trainer for this stage, ready to train; the adapter it trains is named `default`."""
     where = recipe.where("stages", plan.index)
-    args = trainer.arguments(DPOConfig, plan, recipe.seed, hardware, folder, where)
     model: PeftModel | None = adapter.policy(base, plan, start, recipe.seed, where)
     built = PairTrainer(
         model=base if model is None else model,
-        args=args,
+        args=arguments(recipe, plan, folder, hardware),
         train_dataset=data.train,
         eval_dataset=data.eval,
         processing_class=tokenizer,

@@ -7,7 +7,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from toolkit import adapter, chat, model
+from toolkit import adapter, chat, dpo, model, sft
 from toolkit import data as data_module
 from toolkit.data import Counts, StageData
 from toolkit.errors import ModelError, RunError
@@ -163,6 +163,7 @@ def _stage(
     parent = next((stage for stage in earlier if stage.plan.name == plan.start), None)
     start = _start_adapter(recipe, plan, run, parent)
     trainable = _trainable(recipe, plan, empty, start if parent is None else None, parent)
+    (sft if plan.type == "sft" else dpo).arguments(recipe, plan, run.folder(plan.name), hardware)
     data = data_module.prepare(recipe, plan, tokenizer)
     digest = stage_digest(
         plan,

@@ -14,7 +14,7 @@ from toolkit.load import load_recipe
 from toolkit.plan import model_dtype, quantization
 from toolkit.prepare import Prepared, PreparedStage, check_parents, plan_text, prepare, resolved, state_of
 from toolkit.recipe import Recipe
-from toolkit.rundir import RunDirectory, default_output, write_json
+from toolkit.rundir import RunDirectory, default_output, storage, write_json
 
 VERIFIED_ROWS = 4
 
@@ -121,7 +121,8 @@ def _train_stage(prepared: Prepared, stage: PreparedStage, run: RunDirectory) ->
     partial = run.folder(plan.name) / "adapter.partial"
     if state.is_main_process:
         record["policy_logps"] = reference.completion_logps(built.model, _probe(prepared, stage))
-        _save(built.model, stage, prepared, partial)
+        with storage(run.path):
+            _save(built.model, stage, prepared, partial)
     return partial, record
 
 

@@ -146,16 +146,21 @@ def write_text(file: Path, text: str) -> None:
 
 @contextmanager
 def storage(path: Path) -> Iterator[None]:
-    """Say a failed write in one sentence.
+    """Say a failed write in one sentence; other errors pass through.
 
     Raises:
         RunError: the disk is full, or the path cannot be written.
     """
     try:
         yield
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
+    except Exception as error:
+        # torch and safetensors write in C++ and Rust, and report a full disk in words of their own
+        full = any(text in str(error) for text in ("No space left on device", "PytorchStreamWriter", "inline_container"))
+        code = getattr(error, "errno", None)
+        if full or code in (errno.ENOSPC, errno.EDQUOT):
             text = "the disk is full; free some space or choose another --output, then run the same command to resume"
+        elif code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            text = f"cannot be written: {os.strerror(code)}; choose another directory with --output"
         else:
-            text = f"cannot be written: {error.strerror or error}; choose another directory with --output"
+            raise
         raise RunError(f"{path}: {text}") from error

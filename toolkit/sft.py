@@ -13,6 +13,13 @@ from toolkit.plan import Hardware, StagePlan
 from toolkit.recipe import Recipe
 
 
+def arguments(recipe: Recipe, plan: StagePlan, folder: Path, hardware: Hardware) -> SFTConfig:
+    """`SFTConfig` of the stage. Rows come with `labels` in place; TRL packs or shuffles them where it is asked to."""
+    rows_are_final = not plan.trainer.get("packing") and not plan.trainer.get("shuffle_dataset")
+    as_given = {"skip_prepare_dataset": rows_are_final}
+    return trainer.arguments(SFTConfig, recipe, plan, hardware, folder, dataset_kwargs=as_given)
+
+
 def build(
     recipe: Recipe,
     plan: StagePlan,
@@ -23,19 +30,12 @@ def build(
     folder: Path,
     hardware: Hardware,
 ) -> SFTTrainer:
-    """TRL's trainer for this stage, ready to train; the adapter it trains is named `default`.
-
-    Rows come with `labels` already in place, so TRL only packs or shuffles them where the recipe asks for it.
-    """
+    """TRL's trainer for this stage, ready to train; the adapter it trains is named `default`."""
     where = recipe.where("stages", plan.index)
-    rows_are_final = not plan.trainer.get("packing") and not plan.trainer.get("shuffle_dataset")
-    args = trainer.arguments(
-        SFTConfig, plan, recipe.seed, hardware, folder, where, dataset_kwargs={"skip_prepare_dataset": rows_are_final}
-    )
     model: PeftModel | None = adapter.policy(base, plan, start, recipe.seed, where)
     return SFTTrainer(
         model=base if model is None else model,
-        args=args,
+        args=arguments(recipe, plan, folder, hardware),
         train_dataset=data.train,
         eval_dataset=data.eval,
         processing_class=tokenizer,

@@ -1,18 +1,17 @@
 """What SFT and DPO share around TRL's trainers: their arguments, checkpoints, and running one to its end."""
 
-import errno
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from toolkit.chat import first_line
 from toolkit.errors import ModelError
 from toolkit.plan import Hardware, StagePlan
 from toolkit.progress import Metrics, Progress
+from toolkit.recipe import Recipe
 from toolkit.rundir import storage
 
 # Settings that shape the rows. The toolkit has applied them by the time the trainer gets its rows.
@@ -20,8 +19,11 @@ APPLIED_TO_ROWS = ("completion_only_loss", "assistant_only_loss")
 CHECKPOINT_FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt")  # and rng_state*.pth, one per process
 
 
-def arguments(config_class: Any, plan: StagePlan, seed: int, hardware: Hardware, folder: Path, where: str, **own: Any) -> Any:
+def arguments(config_class: Any, recipe: Recipe, plan: StagePlan, hardware: Hardware, folder: Path, **own: Any) -> Any:
     """`SFTConfig` or `DPOConfig` of the stage; checkpoints go to `folder/checkpoints`.
+
+    Args:
+        own: fields that the stage's own module sets.
 
     Raises:
         ModelError: a value or combination that TRL or transformers refuse.
@@ -30,10 +32,10 @@ def arguments(config_class: Any, plan: StagePlan, seed: int, hardware: Hardware,
     if hardware.device == "cpu":
         settings.setdefault("dataloader_pin_memory", False)
     try:
-        return config_class(
-            output_dir=str(folder / "checkpoints"), seed=seed, disable_tqdm=True, **{**settings, **own}
-        )
+        output_dir = str(folder / "checkpoints")
+        return config_class(output_dir=output_dir, seed=recipe.seed, disable_tqdm=True, **{**settings, **own})
     except (ValueError, TypeError, ImportError) as error:
+        where = recipe.where("stages", plan.index, "trainer")
         raise ModelError(f"{where}: {first_line(error)}") from None
 
 
@@ -56,7 +58,7 @@ def fit(trainer: Any, plan: StagePlan, folder: Path) -> dict[str, float]:
         print(f"  resumes from {checkpoint.name}", flush=True)
     try:
         with storage(folder):
-            result = _train(trainer, checkpoint)
+            result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         progress.close()
     return dict(result.metrics)
@@ -88,20 +90,6 @@ def _is_complete(path: Path) -> bool:
         return False
     files = {file.name for file in path.iterdir()}
     return all(name in files for name in CHECKPOINT_FILES) and any(f.startswith("rng_state") for f in files)
-
-
-def _train(trainer: Any, checkpoint: Path | None) -> Any:
-    try:
-        return trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except RuntimeError as error:
-        # torch.save writes its archive in C++, and reports a full disk as a failed write
-        if "PytorchStreamWriter failed" in str(error) or "file write failed" in str(error):
-            raise OSError(errno.ENOSPC, str(error)) from error
-        raise
-    except SafetensorError as error:
-        if "No space left" in str(error):
-            raise OSError(errno.ENOSPC, str(error)) from error
-        raise
 
 
 def release() -> None:

@@ -2,7 +2,7 @@
 
 The corpus is prose about an invented world (world.py): descriptions, overheard questions with their answers, class
 worksheets of questions alone, and a few notes framed by the chat markers, which give those tokens trained embeddings.
-No document is a chat between user and assistant, so the base knows every fact and has yet to learn to answer when asked in chat form.
+No document is a chat between user and assistant: the base knows every fact, and has yet to learn to answer in a chat.
 
 Run from anywhere: `python make_base.py`. It took 5 min 8 s on two CPU cores; 7.4 million tokens, no row seen twice.
 """
@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
 from world import QUESTIONS, Fact, build_world
 
 SEED = 42

@@ -1,7 +1,7 @@
 """Writes the quickstart's jsonl files from the invented world of world.py; takes about a second.
 
 sft.jsonl                  {"messages": [user, assistant]}: questions with terse or full answers, about half of each
-preferences.jsonl          {"prompt", "chosen", "rejected"}: the full answer is chosen over the terse one, both are right
+preferences.jsonl          {"prompt", "chosen", "rejected"}: full answer chosen over terse, both right
 preferences_heldout.jsonl  the same for facts found in no other file
 heldout.jsonl              {"prompt", "answer"}: questions on facts found in no other file
 

@@ -1,0 +1,162 @@
+"""Bad input is answered with file, line, key and the way out, exit code 2, and nothing lost."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import messages, pairs, write_jsonl
+from toolkit.cli import main
+from toolkit.load import load_recipe
+from toolkit.rundir import RunDirectory
+
+GOOD = """\
+model:
+  name_or_path: {base}
+  dtype: float32
+lora:
+  r: 4
+stages:
+  - type: sft
+    data: {folder}/sft.jsonl
+    trainer:
+      learning_rate: 1.0e-2
+      save_steps: 2
+      per_device_train_batch_size: 4
+      gradient_checkpointing: false
+  - type: dpo
+    data: {folder}/dpo.jsonl
+    trainer:
+      beta: 0.1
+"""
+
+
+@pytest.fixture
+def answer(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run `toolkit train` on the good recipe with one line replaced; return what it says on stderr."""
+    write_jsonl(tmp_path / "sft.jsonl", messages(12))
+    write_jsonl(tmp_path / "dpo.jsonl", pairs(12))
+
+    def _answer(old: str, new: str, *flags: str) -> str:
+        assert old in GOOD
+        file = tmp_path / "recipe.yaml"
+        file.write_text(GOOD.replace(old, new, 1).format(base=base, folder=tmp_path))
+        assert main(["train", str(file), "--output", str(tmp_path / "run"), *flags]) == 2
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        return said.replace(f"{tmp_path}/", "")
+
+    return _answer
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("  r: 4", "  r: [4", "recipe.yaml:6:7: not valid YAML: while parsing a flow sequence expected ',' or ']'"),
+        ("lora:", "lora: &a\n  <<: *b", "recipe.yaml:5:7: not valid YAML: found undefined alias 'b'"),
+        ("lora:", "lorra:", "recipe.yaml:4: lorra: unknown key; did you mean 'lora'?"),
+        ("dtype: float32", "dype: float32", "recipe.yaml:3: model.dype: unknown key; did you mean 'dtype'?"),
+        ("    trainer:", "    trainr:", "recipe.yaml:9: stages[0].trainr: unknown key; did you mean 'trainer'?"),
+        ("dtype: float32", "dtype: 32", "recipe.yaml:3: model.dtype: found a whole number 32, expected 'auto', 'bfloat16'"),
+        ("r: 4", "r: four", "recipe.yaml:5: lora.r: found 'four', expected a valid integer"),
+        ("r: 4", "lora_alfa: 4", "recipe.yaml:5: lora.lora_alfa: unknown key, LoraConfig has no such field; did you mean 'lora_alpha'?"),
+        ("r: 4", "init_lora_weights: pissa", "recipe.yaml:5: lora.init_lora_weights: 'pissa' is not supported: it rewrites the base"),
+        ("learning_rate", "learning_rat", "recipe.yaml:10: stages[0].trainer.learning_rat: unknown key, SFTConfig has no such field; did you mean 'learning_rate'?"),
+        ("beta: 0.1", "bta: 0.1", "recipe.yaml:17: stages[1].trainer.bta: unknown key, DPOConfig has no such field; did you mean 'beta'?"),
+        ("beta: 0.1", "beta: high", "recipe.yaml:17: stages[1].trainer.beta: found 'high', expected a valid number"),
+        ("beta: 0.1", "output_dir: here", "recipe.yaml:17: stages[1].trainer.output_dir: is not for a recipe's trainer: use --output"),
+        ("beta: 0.1", "padding_free: true", "recipe.yaml:17: stages[1].trainer.padding_free: is not for a recipe's trainer: DPOConfig accepts it and TRL ignores it"),
+        ("beta: 0.1", "eval_strategy: steps", "recipe.yaml:17: stages[1].trainer.eval_strategy: evaluation is asked for without eval_data"),
+        ("type: dpo", "type: sft", "recipe.yaml:14: stages[1].name: two stages are named 'sft'"),
+        ("type: dpo", "type: dpo\n    from: stf", "recipe.yaml:15: stages[1].from: no earlier stage is named 'stf'; found base, sft"),
+        ("type: dpo", "type: ppo", "recipe.yaml:14: stages[1].type: found text 'ppo', expected 'sft' or 'dpo'"),
+        ("  - type: dpo", "  - adapter: continue", "recipe.yaml:14: stages[1].name: is missing"),
+        ("lora:", "quantization: {{load_in_4bit: true, load_in_8bit: true}}\nlora:", "recipe.yaml:4: quantization.load_in_8bit: 8-bit and 4-bit together"),
+        ("  r: 4", "  r: 4\n  r: 8", "recipe.yaml:5: lora.r: the key stands here twice"),
+    ],
+)  # fmt: skip
+def test_a_defect_in_the_recipe(answer: Any, old: str, new: str, expected: str) -> None:
+    assert expected in answer(old, new)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("sft.jsonl", "stf.jsonl", "recipe.yaml:8: stages[0].data[0].path: no such file: stf.jsonl; did you mean 'sft.jsonl'?"),
+        ("sft.jsonl", "bad.jsonl", "recipe.yaml:8: stages[0].data[0].path: the format is not recognised; found columns foo, bar"),
+        ("dpo.jsonl", "sft.jsonl", "recipe.yaml:15: stages[1].data[0].path: no column chosen, rejected; found columns messages; rename with columns:"),
+        ("dpo.jsonl", "empty.jsonl", "recipe.yaml:15: stages[1].data[0].path: 'empty.jsonl'"),
+        ("dpo.jsonl", "cut.jsonl", "recipe.yaml:15: stages[1].data[0].path: 'cut.jsonl' cannot be read"),
+        ("dpo.jsonl", "blank.jsonl", "recipe.yaml:15: stages[1].data: no row is left to train on (1 empty answer)"),
+        ("dtype: float32", "chat_template: chatm", "recipe.yaml:3: model.chat_template: no template is named 'chatm'"),
+        ("r: 4", "target_modules: [q_prj]", "recipe.yaml:5: lora.target_modules: Target modules {{'q_prj'}} not found in the base model."),
+        ("learning_rate: 1.0e-2", "lr_scheduler_type: cosin", "recipe.yaml:9: stages[0].trainer: cosin is not a valid SchedulerType"),
+        ("r: 4", "use_dora: true", "recipe.yaml:14: stages[1].adapter: a new adapter cannot be stacked here (use_dora"),
+    ],
+)  # fmt: skip
+def test_a_defect_in_what_the_recipe_names(answer: Any, tmp_path: Path, old: str, new: str, expected: str) -> None:
+    write_jsonl(tmp_path / "bad.jsonl", [{"foo": "x", "bar": "y"}])
+    write_jsonl(tmp_path / "empty.jsonl", [])
+    write_jsonl(tmp_path / "blank.jsonl", [{"prompt": "a", "chosen": " ", "rejected": "b"}])
+    (tmp_path / "cut.jsonl").write_text('{"prompt": "a", "chosen"')
+    assert expected.replace("{{", "{").replace("}}", "}") in answer(old, new)
+    assert not (tmp_path / "run" / "sft").exists()
+
+
+def test_a_model_that_is_not_there(answer: Any) -> None:
+    said = answer("name_or_path: {base}", "name_or_path: nobody/nothing")
+    assert "recipe.yaml:2: model.name_or_path: no " in said
+
+
+def test_conversations_need_a_chat_template(answer: Any, tmp_path: Path) -> None:
+    from tests.tiny import make_base
+
+    bare = make_base(tmp_path / "bare", chat_template=None)
+    said = answer("name_or_path: {base}", f"name_or_path: {bare}")
+    assert "the base's tokenizer has no chat template; set model.chat_template, as in chat_template: chatml" in said
+
+
+def test_every_problem_is_said_at_once(answer: Any) -> None:
+    said = answer("  dtype: float32\nlora:\n  r: 4", "  dype: float32\nlora:\n  rr: 4\nsed: 3")
+    assert [line.split(": ")[1] for line in said.splitlines()[1:]] == ["model.dype", "sed", "lora.rr"]
+
+
+def test_bad_input_leaves_earlier_results_alone(answer: Any, base: Path, tmp_path: Path) -> None:
+    import toolkit
+
+    answer("lora:", "lorra:")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(GOOD.format(base=base, folder=tmp_path))
+    toolkit.train(file, output=tmp_path / "run", stage="sft")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    for old, new in (("r: 4", "target_modules: [nothing]"), ("sft.jsonl", "gone.jsonl"), ("lora:", "lorra:")):
+        answer(old, new)
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk(answer: Any, base: Path, tmp_path: Path) -> None:
+    """Writing to /dev/full fails as writing to a full disk does."""
+    full = tmp_path / "run" / "sft" / "checkpoints" / "checkpoint-2" / "optimizer.pt"
+    full.parent.mkdir(parents=True)
+    full.symlink_to("/dev/full")
+    (tmp_path / "recipe.yaml").write_text(GOOD.format(base=base, folder=tmp_path))
+    RunDirectory(tmp_path / "run").record(load_recipe(tmp_path / "recipe.yaml"), {})
+    said = answer("dtype: float32", "dtype: float32", "--stage", "sft")
+    assert said == "error: run/sft: the disk is full; free some space or choose another --output, then run the same command to resume\n"  # fmt: skip
+    assert not (tmp_path / "run" / "sft" / "stage.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("stages.dop.trainer.beta=0.2", "--set stages.dop.trainer.beta=0.2: stages: nothing is named 'dop' here; found sft, dpo; did you mean 'dpo'?"),
+        ("stages.dpo.trainer.bta=0.2", "stages[1].trainer.bta: unknown key, DPOConfig has no such field; did you mean 'beta'?"),
+        ("seed", "expected key=value"),
+        ("model.dtype.x=1", "model.dtype: holds text, so it has no key 'x'"),
+    ],
+)  # fmt: skip
+def test_a_bad_override(answer: Any, override: str, expected: str) -> None:
+    assert expected in answer("r: 4", "r: 4", "--set", override)
+
+
