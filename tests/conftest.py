@@ -14,7 +14,29 @@ from typing import Any
 import pytest
 import yaml
 
-WORDS = "the sun is red and a moon was blue but all stars are white or green at night in our sky".split()
+WORDS = [
+    "the",
+    "sun",
+    "is",
+    "red",
+    "and",
+    "a",
+    "moon",
+    "was",
+    "blue",
+    "but",
+    "all",
+    "stars",
+    "are",
+    "white",
+    "or",
+    "green",
+    "at",
+    "night",
+    "in",
+    "our",
+    "sky",
+]
 
 
 @pytest.fixture(scope="session")

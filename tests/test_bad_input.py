@@ -158,5 +158,3 @@ def test_a_full_disk(answer: Any, base: Path, tmp_path: Path) -> None:
 )  # fmt: skip
 def test_a_bad_override(answer: Any, override: str, expected: str) -> None:
     assert expected in answer("r: 4", "r: 4", "--set", override)
-
-

@@ -45,7 +45,9 @@ def plain(base: Path) -> tuple[Any, Any]:
     return model, AutoTokenizer.from_pretrained(base)
 
 
-def test_sft_has_the_losses_of_a_plain_trl_script(recipe: dict[str, Any], write: Any, plain: Any, tmp_path: Path) -> None:
+def test_sft_has_the_losses_of_a_plain_trl_script(
+    recipe: dict[str, Any], write: Any, plain: Any, tmp_path: Path
+) -> None:
     result = toolkit.train(write(recipe), output=tmp_path / "run", stage="sft")
     model, tokenizer = plain
     rows = load_dataset("json", data_files=str(tmp_path / "sft.jsonl"), split="train")
@@ -129,7 +131,9 @@ def test_dpo_tokens_are_trls(recipe: dict[str, Any], write: Any, plain: Any, tmp
     model, tokenizer = plain
     rows = load_dataset("json", data_files=str(tmp_path / "dpo.jsonl"), split="train")
     args = DPOConfig(**settings(tmp_path), max_length=28)
-    theirs = DPOTrainer(model, args=args, train_dataset=rows, processing_class=tokenizer, peft_config=LORA).train_dataset
+    theirs = DPOTrainer(
+        model, args=args, train_dataset=rows, processing_class=tokenizer, peft_config=LORA
+    ).train_dataset
     assert 0 < len(ours) < 12
     for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
         assert ours[name][:] == theirs[name][:]

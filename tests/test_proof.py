@@ -35,14 +35,14 @@ def test_a_changed_base_fails_the_proof(recipe: dict[str, Any], write: Any, tmp_
     recipe["stages"] = recipe["stages"][1:]
     loaded = toolkit.load_recipe(write(recipe))
     prepared = prepare(loaded, RunDirectory(tmp_path / "run"))
-    (stage,) = prepared.stages
+    (job,) = prepared.jobs
     base = load_base(loaded, prepared.hardware)
-    start = dpo.start_logps(stage.data.train, base, prepared.tokenizer, 1024)
+    start = dpo.start_logps(job, base)
     with torch.no_grad():
         base.model.layers[0].self_attn.q_proj.weight.mul_(0.5)
-    built = dpo.build(loaded, stage.plan, stage.data, base, prepared.tokenizer, None, tmp_path, prepared.hardware)
+    built = dpo.build(job, base)
     with pytest.raises(toolkit.ProofError, match="not the model this stage starts from"):
-        dpo.prove(built, stage.plan, start, loaded, prepared.hardware)
+        dpo.prove(job, built, start)
 
 
 def test_an_sft_adapter_that_stands_on_a_rewritten_base_is_refused(recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -77,4 +77,4 @@ def test_a_reloaded_adapter_that_differs_is_refused(recipe: dict[str, Any], writ
     folder = toolkit.train(loaded, output=tmp_path / "run", stage="sft").output / "sft" / "adapter"
     prepared = prepare(loaded, RunDirectory(tmp_path / "run"))
     with pytest.raises(toolkit.ProofError, match="differs from the trained policy"):
-        run._verify(prepared, prepared.stages[0], folder, torch.zeros(4))
+        run._verify(prepared.jobs[0], folder, torch.zeros(4))

@@ -58,7 +58,9 @@ def test_the_base_is_bit_identical_after_training(run: Any, base: Path) -> None:
 
 
 @pytest.mark.parametrize("adapter", ["new", "continue"])
-@pytest.mark.parametrize("quantization", [None, {"load_in_8bit": True}, {"load_in_4bit": True}], ids=["fp32", "int8", "nf4"])
+@pytest.mark.parametrize(
+    "quantization", [None, {"load_in_8bit": True}, {"load_in_4bit": True}], ids=["fp32", "int8", "nf4"]
+)
 def test_the_reference_is_the_sft_policy_and_not_the_base(
     recipe: dict[str, Any], run: Any, adapter: str, quantization: dict[str, Any] | None
 ) -> None:

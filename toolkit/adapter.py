@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, PeftModelForCausalLM, get_peft_model
+from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, set_seed
@@ -216,11 +216,15 @@ def adapter_digest(adapter: Path) -> str:
 def _is_a(key: str) -> bool:
     match = MATRIX.match(key)
     if match is None:
-        raise ModelError(f"{key}: not a plain LoRA matrix, so the adapters cannot be put together; use adapter: continue")
+        raise ModelError(
+            f"{key}: not a plain LoRA matrix, so the adapters cannot be put together; use adapter: continue"
+        )
     return match["kind"].endswith("A")
 
 
-def _blocks(key: str, parts: list[tuple[dict[str, Any], dict[str, torch.Tensor]]], ranks: list[int]) -> list[torch.Tensor]:
+def _blocks(
+    key: str, parts: list[tuple[dict[str, Any], dict[str, torch.Tensor]]], ranks: list[int]
+) -> list[torch.Tensor]:
     dim = 0 if _is_a(key) else 1
     like = next(tensors[key] for _, tensors in parts if key in tensors)
     blocks = []

@@ -86,7 +86,9 @@ def tokenize_prompt(prompt: str | list[Row], tokenizer: PreTrainedTokenizerBase)
     """A prompt as generation sees it, `(seq,)`."""
     if isinstance(prompt, str):
         return list(tokenizer(text=prompt)["input_ids"])
-    return list(tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=True, add_generation_prompt=True)["input_ids"])
+    return list(
+        tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=True, add_generation_prompt=True)["input_ids"]
+    )
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -119,7 +121,9 @@ def _prompt_and_full(prompt: Any, completions: list[Any], tokenizer: Any) -> tup
     prompt_ids = tokenize_prompt(prompt, tokenizer)
     if isinstance(prompt, str):
         return prompt_ids, [tokenizer(text=prompt + _ended(c, tokenizer))["input_ids"] for c in completions]
-    full = [tokenizer.apply_chat_template(prompt + c, tokenize=True, return_dict=True)["input_ids"] for c in completions]
+    full = [
+        tokenizer.apply_chat_template(prompt + c, tokenize=True, return_dict=True)["input_ids"] for c in completions
+    ]
     return prompt_ids, full
 
 

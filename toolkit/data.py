@@ -286,7 +286,9 @@ def _map(rows: Dataset, shape: str, plan: StagePlan, tokenizer: Any, where: str)
     template = chat.assistant_template(tokenizer) if turns and plan.type == "sft" else None
     if settings.get("assistant_only_loss") and template is None:
         raise ModelError(f"{where}: assistant_only_loss needs messages, and a chat template with {{% generation %}}")
-    whole_row = settings.get("completion_only_loss") is False or (turns and settings.get("assistant_only_loss") is False)
+    whole_row = settings.get("completion_only_loss") is False or (
+        turns and settings.get("assistant_only_loss") is False
+    )
     return rows.map(
         _preference_ids if plan.type == "dpo" else _sft_ids,
         with_indices=True,
@@ -314,7 +316,9 @@ def _talks(rows: Dataset, shape: str) -> bool:
     return any(isinstance(rows[0].get(name), list | dict) for name in ("prompt", "completion", "output", "chosen"))
 
 
-def _sft_ids(row: Row, index: int, *, shape: str, tokenizer: Any, template: str | None, where: str, **settings: Any) -> Row:
+def _sft_ids(
+    row: Row, index: int, *, shape: str, tokenizer: Any, template: str | None, where: str, **settings: Any
+) -> Row:
     nothing: Row = {"input_ids": [], "labels": []}
     try:
         known = to_sft(row, shape)

@@ -1,7 +1,6 @@
 """The DPO stage: `trl.DPOTrainer` over tokenized pairs, with the stage's own start as the reference, proven."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,9 +9,8 @@ from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
 from toolkit import adapter, reference, trainer
-from toolkit.data import StageData
-from toolkit.plan import Hardware, StagePlan, model_dtype, quantization
-from toolkit.recipe import Recipe
+from toolkit.job import StageJob
+from toolkit.plan import StagePlan
 
 PROOF_ROWS = 4
 
@@ -28,42 +26,32 @@ class PairTrainer(DPOTrainer):
         return dataset if "prompt_ids" in dataset.column_names else super()._prepare_dataset(dataset, *args, **kwargs)
 
 
-def arguments(recipe: Recipe, plan: StagePlan, folder: Path, hardware: Hardware) -> DPOConfig:
+def arguments(job: StageJob) -> DPOConfig:
     """`DPOConfig` of the stage."""
-    return trainer.arguments(DPOConfig, recipe, plan, hardware, folder)
+    return trainer.arguments(DPOConfig, job)
 
 
-def build(
-    recipe: Recipe,
-    plan: StagePlan,
-    data: StageData,
-    base: PreTrainedModel,
-    tokenizer: Any,
-    start: Path | None,
-    folder: Path,
-    hardware: Hardware,
-) -> PairTrainer:
+def build(job: StageJob, base: PreTrainedModel) -> PairTrainer:
     """TRL's trainer for this stage, ready to train; the adapter it trains is named `default`."""
-    where = recipe.where("stages", plan.index)
-    model: PeftModel | None = adapter.policy(base, plan, start, recipe.seed, where)
+    model: PeftModel | None = adapter.policy(base, job.plan, job.start, job.recipe.seed, job.where())
     built = PairTrainer(
         model=base if model is None else model,
-        args=arguments(recipe, plan, folder, hardware),
-        train_dataset=data.train,
-        eval_dataset=data.eval,
-        processing_class=tokenizer,
-        peft_config=adapter.lora_config(plan, where) if model is None else None,
+        args=arguments(job),
+        train_dataset=job.data.train,
+        eval_dataset=job.data.eval,
+        processing_class=job.tokenizer,
+        peft_config=adapter.lora_config(job.plan, job.where()) if model is None else None,
     )
-    _settle_reference(built.model, plan)
+    _settle_reference(built.model, job.plan)
     return built
 
 
-def start_logps(rows: Any, model: Any, tokenizer: Any, max_length: int | None) -> torch.Tensor:
+def start_logps(job: StageJob, model: Any) -> torch.Tensor:
     """Log-probabilities of the first pairs under an independently loaded start model, `(2 * pairs,)`, in nats."""
-    return reference.completion_logps(model, _sequences(rows, tokenizer, max_length))
+    return reference.completion_logps(model, _first_pairs(job))
 
 
-def prove(built: PairTrainer, plan: StagePlan, start: torch.Tensor, recipe: Recipe, hardware: Hardware) -> reference.Proof:
+def prove(job: StageJob, built: PairTrainer, start: torch.Tensor) -> reference.Proof:
     """Compare policy, reference and start model on the first pairs, before the first step.
 
     Args:
@@ -72,9 +60,8 @@ def prove(built: PairTrainer, plan: StagePlan, start: torch.Tensor, recipe: Reci
     Raises:
         ProofError: they differ.
     """
-    rows = _first(built.train_dataset)
-    batch = _sequences(rows, built.processing_class, built.args.max_length)
-    inputs = built._prepare_inputs(built.data_collator(rows))
+    batch = _first_pairs(job)
+    inputs = built._prepare_inputs(built.data_collator(_first_rows(job)))
     built.model.eval()
     policy = _policy_logps(built, inputs)
     against = torch.cat(built.compute_ref_log_probs(built.model, inputs)).float().cpu()
@@ -82,17 +69,17 @@ def prove(built: PairTrainer, plan: StagePlan, start: torch.Tensor, recipe: Reci
         loss = built.compute_loss(built.model, inputs).item()
     built._metrics["eval"].clear()
     built.model.train()
-    path = "bfloat16" if built.args.bf16 or quantization(recipe) else model_dtype(recipe, hardware)
+    rounding = reference.rounding(job)
     proof = reference.Proof(
         sequences=len(batch.tokens),
         policy_vs_reference=reference.per_token_difference(policy, against, batch),
         reference_vs_start=reference.per_token_difference(against, start, batch),
         first_loss=loss,
         expected_first_loss=math.log(2) if built.loss_types == ["sigmoid"] and not built.args.use_weighting else None,
-        tolerance_same_path=reference.SAME_PATH[path],
-        tolerance_other_path=reference.OTHER_PATH[path],
+        tolerance_same_path=reference.SAME_PATH[rounding],
+        tolerance_other_path=reference.OTHER_PATH[rounding],
     )
-    reference.judge(proof, plan.policy, plan.reference or "")
+    reference.judge(proof, job.plan.policy, job.plan.reference or "")
     return proof
 
 
@@ -121,9 +108,9 @@ def _policy_logps(built: PairTrainer, inputs: dict[str, Any]) -> torch.Tensor:
     return out.log_probs.sum(1).float().cpu()
 
 
-def _first(rows: Any) -> list[dict[str, Any]]:
-    return [rows[i] for i in range(min(PROOF_ROWS, len(rows)))]
+def _first_rows(job: StageJob) -> list[dict[str, Any]]:
+    return [job.data.train[i] for i in range(min(PROOF_ROWS, len(job.data.train)))]
 
 
-def _sequences(rows: Any, tokenizer: Any, max_length: int | None) -> reference.Sequences:
-    return reference.sequences(_first(rows) if not isinstance(rows, list) else rows, tokenizer.pad_token_id, max_length)
+def _first_pairs(job: StageJob) -> reference.Sequences:
+    return reference.sequences(_first_rows(job), job.tokenizer.pad_token_id, job.max_length)

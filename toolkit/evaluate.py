@@ -76,7 +76,9 @@ def table(evaluation: dict[str, Any]) -> str:
     if scores:
         lines += [f"{evaluation['prompts']} held-out prompts, greedy answers", ""]
         lines.append(" " * width + "".join(f"  {title:>12}" for title in scores))
-        lines += [f"{name:<{width}}" + "".join(f"  {score[name]:>12.1%}" for score in scores.values()) for name in models]
+        lines += [
+            f"{name:<{width}}" + "".join(f"  {score[name]:>12.1%}" for score in scores.values()) for name in models
+        ]
     for sample in samples:
         lines += ["", f"> {sample['prompt']}"]
         lines += [f"  {name:<{width}}  {' '.join(sample['answers'][name].split())}" for name in models]

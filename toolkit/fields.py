@@ -41,9 +41,12 @@ def field_types(class_name: str) -> dict[str, Any]:
         if isinstance(base, ast.Name) and base.id in _SOURCES:
             types |= field_types(base.id)
     for statement in node.body:
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            if _is_init_field(statement):
-                types[statement.target.id] = _as_type(statement.annotation)
+        if (
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(statement.target, ast.Name)
+            and _is_init_field(statement)
+        ):
+            types[statement.target.id] = _as_type(statement.annotation)
     return types
 
 

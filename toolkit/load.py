@@ -62,7 +62,9 @@ LORA_OWNED = {
     "revision": "set model.revision",
     "inference_mode": "the toolkit sets it",
 }
-REWRITES_BASE = "it rewrites the base weights, so `adapter off` is no longer the base and the saved adapter fits no base"
+REWRITES_BASE = (
+    "it rewrites the base weights, so `adapter off` is no longer the base and the saved adapter fits no base"
+)
 INITIALISATIONS = {
     "pissa": REWRITES_BASE,
     "olora": REWRITES_BASE,
@@ -236,7 +238,9 @@ def _step(target: Any, part: str, where: str, at: Location) -> str | int:
     if part.isdigit() and int(part) < len(target):
         return int(part)
     known = [str(name) for name in names if name is not None] or [str(i) for i in range(len(target))]
-    raise _error(where, dotted(at), f"nothing is named {part!r} here; found {', '.join(known)}{did_you_mean(part, known)}")
+    raise _error(
+        where, dotted(at), f"nothing is named {part!r} here; found {', '.join(known)}{did_you_mean(part, known)}"
+    )
 
 
 # --- what pydantic cannot know ---------------------------------------------------------------------------------------
@@ -257,8 +261,8 @@ def _check(data: dict[str, Any], lines: dict[Location, str]) -> Iterable[Problem
     yield from _check_lora(_mapping(data.get("lora")), problem, "lora")
     earlier: list[str] = []
     stages = data.get("stages")
-    for i, stage in enumerate(stages if isinstance(stages, list) else []):
-        stage = _mapping(stage)
+    for i, entry in enumerate(stages if isinstance(stages, list) else []):
+        stage = _mapping(entry)
         yield from _check_start(stage, earlier, problem, "stages", i)
         yield from _check_trainer(stage, problem, "stages", i, "trainer")
         yield from _check_lora(_mapping(stage.get("lora")), problem, "stages", i, "lora")
@@ -273,7 +277,9 @@ def _check_start(stage: dict[str, Any], earlier: list[str], problem: Any, *at: s
         yield problem(f"{name!r} has a meaning of its own in a run; choose another name", *at, "name")
     known = ["base", *earlier]
     if isinstance(start, str) and "/" not in start and start not in known:
-        text = f"no earlier stage is named {start!r}; found {', '.join(known)}; or give an adapter's path, as in ./adapter"
+        text = (
+            f"no earlier stage is named {start!r}; found {', '.join(known)}; or give an adapter's path, as in ./adapter"
+        )
         yield problem(text + did_you_mean(start, known), *at, "from")
     if stage.get("adapter") == "continue":
         if start == "base" or (start is None and not earlier):
@@ -355,7 +361,14 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "a mapping", list: "a list", str: "text", bool: "a boolean", int: "a whole number", float: "a number"}
+    names = {
+        dict: "a mapping",
+        list: "a list",
+        str: "text",
+        bool: "a boolean",
+        int: "a whole number",
+        float: "a number",
+    }
     return "nothing" if value is None else names.get(type(value), type(value).__name__)
 
 

@@ -17,7 +17,13 @@ QUANTIZATION_4BIT_DEFAULTS: dict[str, Any] = {
 }
 TRAINER_DEFAULTS: dict[str, dict[str, Any]] = {
     "sft": {"learning_rate": 2e-4, "num_train_epochs": 1, "lr_scheduler_type": "cosine", "warmup_steps": 0.03},
-    "dpo": {"learning_rate": 5e-6, "num_train_epochs": 1, "lr_scheduler_type": "cosine", "warmup_steps": 0.1, "beta": 0.1},
+    "dpo": {
+        "learning_rate": 5e-6,
+        "num_train_epochs": 1,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+        "beta": 0.1,
+    },
 }
 KEEPING_DEFAULTS: dict[str, Any] = {
     "logging_steps": 10,
@@ -29,7 +35,16 @@ KEEPING_DEFAULTS: dict[str, Any] = {
 EVAL_DEFAULTS: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 0.25}  # of the run's steps
 
 # Settings that change what is written down, never what is learned: changing one does not rerun a finished stage.
-WITHOUT_EFFECT_ON_WEIGHTS = ("logging_", "log_", "save_", "report_to", "run_name", "project", "trackio_", "dataloader_num")
+WITHOUT_EFFECT_ON_WEIGHTS = (
+    "logging_",
+    "log_",
+    "save_",
+    "report_to",
+    "run_name",
+    "project",
+    "trackio_",
+    "dataloader_num",
+)
 
 
 @dataclass(frozen=True)

@@ -9,27 +9,15 @@ from accelerate import PartialState
 
 from toolkit import adapter, chat, dpo, model, sft
 from toolkit import data as data_module
-from toolkit.data import Counts, StageData
+from toolkit.data import Counts
 from toolkit.errors import ModelError, RunError
+from toolkit.job import StageJob
 from toolkit.plan import Hardware, StagePlan, as_dict, model_dtype, quantization, stage_digest, stage_plans
 from toolkit.recipe import Recipe
 from toolkit.rundir import RunDirectory
 from toolkit.trainer import last_checkpoint, optimizer_steps
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
-
-
-@dataclass(frozen=True)
-class PreparedStage:
-    """A stage, its rows, and the key of everything its result depends on."""
-
-    plan: StagePlan
-    data: StageData
-    steps: int
-    trainable: int
-    digest: str
-    start_adapter: Path | None
-    """Where the adapter lies that the stage starts from; `None` for the base."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +28,7 @@ class Prepared:
     hardware: Hardware
     tokenizer: Any
     base: dict[str, str]
-    stages: list[PreparedStage]
+    jobs: list[StageJob]
 
 
 def prepare(recipe: Recipe, run: RunDirectory) -> Prepared:
@@ -53,24 +41,23 @@ def prepare(recipe: Recipe, run: RunDirectory) -> Prepared:
     tokenizer = chat.load_tokenizer(recipe)
     base = model.base_identity(recipe)
     empty = model.empty_base(recipe)
-    stages: list[PreparedStage] = []
+    prepared = Prepared(recipe, hardware, tokenizer, base, [])
     with PartialState().main_process_first():
         for plan in stage_plans(recipe, hardware):
-            stages.append(_stage(recipe, plan, run, hardware, tokenizer, base, empty, stages))
-    return Prepared(recipe, hardware, tokenizer, base, stages)
+            prepared.jobs.append(_job(prepared, plan, run, empty))
+    return prepared
 
 
-def state_of(stage: PreparedStage, run: RunDirectory, rerun: set[str]) -> str:
+def state_of(job: StageJob, run: RunDirectory, rerun: set[str]) -> str:
     """`finished`, `interrupted` or `new`. A stage whose start is run again is run again."""
-    record = run.finished(stage.plan.name)
-    if stage.plan.start in rerun:
+    name = job.plan.name
+    record = run.finished(name)
+    if job.plan.start in rerun:
         return "new"
-    if record is not None and record["digest"] == stage.digest:
-        same_start = stage.start_adapter is None or record["start_digest"] == _digest_or_none(stage.start_adapter)
+    if record is not None and record["digest"] == job.digest:
+        same_start = job.start is None or record["start_digest"] == _digest_or_none(job.start)
         return "finished" if same_start else "new"
-    if run.started(stage.plan.name, stage.digest) and last_checkpoint(run.folder(stage.plan.name) / "checkpoints"):
-        return "interrupted"
-    return "new"
+    return "interrupted" if run.started(name, job.digest) and last_checkpoint(job.folder / "checkpoints") else "new"
 
 
 def resolved(prepared: Prepared) -> dict[str, Any]:
@@ -83,17 +70,18 @@ def resolved(prepared: Prepared) -> dict[str, Any]:
         "quantization": quantization(recipe),
         "hardware": asdict(hardware),
         "versions": {name: version(name) for name in LIBRARIES},
-        "stages": [
-            as_dict(stage.plan)
-            | {
-                "rows": asdict(stage.data.counts),
-                "eval_rows": asdict(stage.data.eval_counts) if stage.data.eval_counts else None,
-                "steps": stage.steps,
-                "trainable_parameters": stage.trainable,
-                "digest": stage.digest,
-            }
-            for stage in prepared.stages
-        ],
+        "stages": [_resolved_stage(job) for job in prepared.jobs],
+    }
+
+
+def _resolved_stage(job: StageJob) -> dict[str, Any]:
+    eval_counts = job.data.eval_counts
+    return as_dict(job.plan) | {
+        "rows": asdict(job.data.counts),
+        "eval_rows": asdict(eval_counts) if eval_counts else None,
+        "steps": job.steps,
+        "trainable_parameters": job.trainable,
+        "digest": job.digest,
     }
 
 
@@ -105,27 +93,27 @@ def plan_text(prepared: Prepared, states: dict[str, str]) -> str:
     processes = "1 process" if hardware.processes == 1 else f"{hardware.processes} processes"
     where = f"{model_dtype(recipe, hardware)}{bits}, on {hardware.device}, {processes}, seed {recipe.seed}"
     lines = [f"base       {_short_name(recipe.model.name_or_path)} ({where})"]
-    for stage in prepared.stages:
-        lines += ["", *_stage_lines(stage, hardware, states[stage.plan.name])]
+    for job in prepared.jobs:
+        lines += ["", *_stage_lines(job, states[job.plan.name])]
     return "\n".join(lines)
 
 
-def _stage_lines(stage: PreparedStage, hardware: Hardware, state: str) -> list[str]:
-    plan, counts = stage.plan, stage.data.counts
+def _stage_lines(job: StageJob, state: str) -> list[str]:
+    plan, counts = job.plan, job.data.counts
     does = {"finished": "finished: reused", "interrupted": "resumes from its last checkpoint", "new": "runs"}[state]
     lines = [f"{plan.name:<10} {plan.type}, {does}", f"  policy     {_short_name(plan.policy)}"]
     if plan.reference:
         lines.append(f"  reference  {_short_name(plan.reference)}; proven before the first step")
     lines.append(f"  data       {_counts_text(counts)}")
-    if stage.data.eval_counts:
-        lines.append(f"  eval       {_counts_text(stage.data.eval_counts)}")
+    if job.data.eval_counts:
+        lines.append(f"  eval       {_counts_text(job.data.eval_counts)}")
     epochs = plan.trainer["num_train_epochs"]
     lines.append(
-        f"  training   {stage.steps:,} optimizer steps, {epochs:g} {'epoch' if epochs == 1 else 'epochs'}, effective "
-        f"batch {plan.batch_size(hardware)}, learning rate {plan.trainer['learning_rate']:g}"
+        f"  training   {job.steps:,} optimizer steps, {epochs:g} {'epoch' if epochs == 1 else 'epochs'}, effective "
+        f"batch {plan.batch_size(job.hardware)}, learning rate {plan.trainer['learning_rate']:g}"
         + (f", beta {plan.trainer['beta']:g}" if plan.type == "dpo" else "")
     )
-    lines.append(f"  adapter    {stage.trainable:,} trainable parameters" + _lora_text(plan))
+    lines.append(f"  adapter    {job.trainable:,} trainable parameters" + _lora_text(plan))
     return lines
 
 
@@ -150,24 +138,15 @@ def _short_name(text: str) -> str:
     return " ".join(Path(word).name if word.startswith("/") else word for word in text.split(" "))
 
 
-def _stage(
-    recipe: Recipe,
-    plan: StagePlan,
-    run: RunDirectory,
-    hardware: Hardware,
-    tokenizer: Any,
-    base: dict[str, str],
-    empty: Any,
-    earlier: list[PreparedStage],
-) -> PreparedStage:
-    parent = next((stage for stage in earlier if stage.plan.name == plan.start), None)
-    start = _start_adapter(recipe, plan, run, parent)
-    trainable = _trainable(recipe, plan, empty, start if parent is None else None, parent)
-    (sft if plan.type == "sft" else dpo).arguments(recipe, plan, run.folder(plan.name), hardware)
-    data = data_module.prepare(recipe, plan, tokenizer)
+def _job(prepared: Prepared, plan: StagePlan, run: RunDirectory, empty: Any) -> StageJob:
+    recipe, hardware = prepared.recipe, prepared.hardware
+    parent = next((job for job in prepared.jobs if job.plan.name == plan.start), None)
+    start = run.adapter(plan.start) if parent else _external_adapter(recipe, plan)
+    trainable = _trainable(recipe, plan, empty, parent, start)
+    data = data_module.prepare(recipe, plan, prepared.tokenizer)
     digest = stage_digest(
         plan,
-        base=base,
+        base=prepared.base,
         dtype=model_dtype(recipe, hardware),
         quantization=quantization(recipe),
         attn_implementation=recipe.model.attn_implementation,
@@ -175,15 +154,25 @@ def _stage(
         data=data.digest,
         start=parent.digest if parent else adapter.adapter_digest(start) if start else None,
     )
-    steps = optimizer_steps(data.steps_rows, plan, hardware)
-    return PreparedStage(plan, data, steps, trainable, digest, start)
+    job = StageJob(
+        recipe=recipe,
+        plan=plan,
+        hardware=hardware,
+        tokenizer=prepared.tokenizer,
+        data=data,
+        start=start,
+        folder=run.folder(plan.name),
+        steps=optimizer_steps(data.steps_rows, plan, hardware),
+        trainable=trainable,
+        digest=digest,
+    )
+    (sft if plan.type == "sft" else dpo).arguments(job)  # a value that TRL refuses is found before anything is trained
+    return job
 
 
-def _start_adapter(recipe: Recipe, plan: StagePlan, run: RunDirectory, parent: PreparedStage | None) -> Path | None:
+def _external_adapter(recipe: Recipe, plan: StagePlan) -> Path | None:
     if plan.start == "base":
         return None
-    if parent is not None:
-        return run.adapter(plan.start)
     where = recipe.where("stages", plan.index, "from")
     folder = Path(plan.start)
     if not folder.is_dir():
@@ -191,6 +180,7 @@ def _start_adapter(recipe: Recipe, plan: StagePlan, run: RunDirectory, parent: P
     missing = [name for name in (adapter.CONFIG, adapter.WEIGHTS) if not (folder / name).is_file()]
     if missing:
         raise ModelError(f"{where}: {plan.start} is not an adapter: no {' and no '.join(missing)}")
+    adapter.check_initialisation(adapter.read_config(folder), where)
     return folder
 
 
@@ -205,19 +195,15 @@ def _from_hub(name: str, where: str) -> Path:
         raise ModelError(f"{where}: no adapter {name!r} on disk or on the Hub: {chat.first_line(error)}") from None
 
 
-def _trainable(
-    recipe: Recipe, plan: StagePlan, empty: Any, start: Path | None, parent: PreparedStage | None
-) -> int:
-    where = recipe.where("stages", plan.index, "lora" if recipe.stages[plan.index].lora else "adapter")
+def _trainable(recipe: Recipe, plan: StagePlan, empty: Any, parent: StageJob | None, start: Path | None) -> int:
+    """Parameters in training; refuses targets that match nothing, and adapters that cannot be stacked."""
+    if plan.mode == "continue":
+        return parent.trainable if parent else adapter.trainable_parameters(start) if start else 0
     if plan.mode == "stack":
+        where = recipe.where("stages", plan.index, "lora" if recipe.stages[plan.index].lora else "adapter")
         adapter.check_stackable(plan.lora, where)
-        start_config = adapter.read_config(start) if start else (parent.plan.lora if parent else {})
-        adapter.check_stackable(start_config, where)
-    if start is not None:
-        adapter.check_initialisation(adapter.read_config(start), recipe.where("stages", plan.index, "from"))
-    if plan.mode != "continue":
-        return adapter.check_targets(empty, plan, recipe.where("lora", "target_modules"))
-    return parent.trainable if parent else adapter.trainable_parameters(start) if start else 0
+        adapter.check_stackable(parent.plan.lora if parent else adapter.read_config(start) if start else {}, where)
+    return adapter.check_targets(empty, plan, recipe.where("lora", "target_modules"))
 
 
 def _digest_or_none(folder: Path) -> str | None:
@@ -230,11 +216,13 @@ def check_parents(prepared: Prepared, states: dict[str, str], only: str | None) 
     Raises:
         RunError
     """
-    names = [stage.plan.name for stage in prepared.stages]
+    starts = {job.plan.name: job.plan.start for job in prepared.jobs}
     if only is None:
         return
-    if only not in names:
-        raise RunError(f"--stage {only}: no such stage; the recipe has {', '.join(names)}")
-    start = next(stage.plan.start for stage in prepared.stages if stage.plan.name == only)
-    if start in names and states[start] != "finished":
-        raise RunError(f"--stage {only}: starts from {start}, which is not finished; run it first, or leave --stage out")
+    if only not in starts:
+        raise RunError(f"--stage {only}: no such stage; the recipe has {', '.join(starts)}")
+    start = starts[only]
+    if start in starts and states[start] != "finished":
+        raise RunError(
+            f"--stage {only}: starts from {start}, which is not finished; run it first, or leave --stage out"
+        )

@@ -8,12 +8,22 @@ import torch
 
 from toolkit.chat import IGNORED
 from toolkit.errors import ProofError
+from toolkit.job import StageJob
+from toolkit.plan import model_dtype, quantization
 
 # Largest difference, in nats per completion token, between two computations of the same log-probabilities. The same
 # weights on the same path agree to the last bit; another path (TRL's fused head against full logits, another batch
 # shape) rounds differently. In 16 bits and on quantized layers that rounding is what it is.
 SAME_PATH = {"float32": 1e-5, "bfloat16": 1e-3, "float16": 1e-3}
 OTHER_PATH = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 2e-2}
+
+
+def rounding(job: StageJob) -> str:
+    """The type whose rounding bounds how well two computations of the stage's model can agree."""
+    trainer = job.plan.trainer
+    if trainer["bf16"] or trainer.get("fp16") or quantization(job.recipe):
+        return "bfloat16"
+    return model_dtype(job.recipe, job.hardware)
 
 
 @dataclass(frozen=True)

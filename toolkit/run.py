@@ -1,5 +1,6 @@
 """The stages of a recipe in order: skip what is finished, resume what was interrupted, verify what came out."""
 
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +11,9 @@ from peft import PeftModel
 
 from toolkit import adapter, dpo, evaluate, model, reference, sft, trainer
 from toolkit.errors import ProofError
+from toolkit.job import StageJob
 from toolkit.load import load_recipe
-from toolkit.plan import model_dtype, quantization
-from toolkit.prepare import Prepared, PreparedStage, check_parents, plan_text, prepare, resolved, state_of
+from toolkit.prepare import Prepared, check_parents, plan_text, prepare, resolved, state_of
 from toolkit.recipe import Recipe
 from toolkit.rundir import RunDirectory, default_output, storage, write_json
 
@@ -62,33 +63,33 @@ def train(
     _say(plan_text(prepared, states) + "\n")
     if PartialState().is_main_process:
         run.record(recipe, resolved(prepared))
-    for prepared_stage in prepared.stages:
-        if states[prepared_stage.plan.name] != "finished" and stage in (None, prepared_stage.plan.name):
-            _run_stage(prepared, prepared_stage, run)
+    for job in prepared.jobs:
+        if states[job.plan.name] != "finished" and stage in (None, job.plan.name):
+            _run_stage(job, run)
     return _deliver(prepared, run)
 
 
 def _states(prepared: Prepared, run: RunDirectory, only: str | None, fresh: bool) -> dict[str, str]:
     states: dict[str, str] = {}
     rerun: set[str] = set()
-    for stage in prepared.stages:
-        name = stage.plan.name
+    for job in prepared.jobs:
+        name = job.plan.name
         asked_again = fresh and only in (None, name)
-        states[name] = "new" if asked_again else state_of(stage, run, rerun)
+        states[name] = "new" if asked_again else state_of(job, run, rerun)
         if states[name] != "finished":
             rerun.add(name)
     return states
 
 
-def _run_stage(prepared: Prepared, stage: PreparedStage, run: RunDirectory) -> None:
+def _run_stage(job: StageJob, run: RunDirectory) -> None:
     """Train, save, reload on a fresh base, compare; only then is the stage called finished."""
-    plan, began = stage.plan, time.monotonic()
+    plan, began = job.plan, time.monotonic()
     _say(f"{plan.name}: {plan.type}")
-    partial, record = _train_stage(prepared, stage, run)
+    partial, record = _train_stage(job, run)
     trainer.release()
     state = PartialState()
     if state.is_main_process:
-        difference = _verify(prepared, stage, partial, record.pop("policy_logps"))
+        difference = _verify(job, partial, record.pop("policy_logps"))
         record |= {
             "reloaded_vs_policy": difference,
             "adapter_digest": adapter.adapter_digest(partial),
@@ -99,97 +100,90 @@ def _run_stage(prepared: Prepared, stage: PreparedStage, run: RunDirectory) -> N
     state.wait_for_everyone()
 
 
-def _train_stage(prepared: Prepared, stage: PreparedStage, run: RunDirectory) -> tuple[Path, dict[str, Any]]:
-    recipe, plan, data = prepared.recipe, stage.plan, stage.data
-    record: dict[str, Any] = {"name": plan.name, "type": plan.type, "digest": stage.digest, "start": plan.start}
-    record |= {"policy": plan.policy, "reference": plan.reference, "steps": stage.steps}
-    record["start_digest"] = adapter.adapter_digest(stage.start_adapter) if stage.start_adapter else None
-    start = _start_logps(prepared, stage) if plan.type == "dpo" else None
-    base = model.load_base(recipe, prepared.hardware)
-    arguments = (recipe, plan, data, base, prepared.tokenizer, stage.start_adapter, run.folder(plan.name), prepared.hardware)
-    built: Any = sft.build(*arguments) if plan.type == "sft" else dpo.build(*arguments)
+def _train_stage(job: StageJob, run: RunDirectory) -> tuple[Path, dict[str, Any]]:
+    plan, state = job.plan, PartialState()
+    record: dict[str, Any] = {"name": plan.name, "type": plan.type, "digest": job.digest, "start": plan.start}
+    record |= {"policy": plan.policy, "reference": plan.reference, "steps": job.steps}
+    record["start_digest"] = adapter.adapter_digest(job.start) if job.start else None
+    start = _start_logps(job) if plan.type == "dpo" else None
+    base = model.load_base(job.recipe, job.hardware)
+    built: Any = sft.build(job, base) if plan.type == "sft" else dpo.build(job, base)
     if start is not None:
-        proof = dpo.prove(built, plan, start, recipe, prepared.hardware)
+        proof = dpo.prove(job, built, start)
         record["proof"] = proof.as_dict()
         _say(f"  proof: {proof}")
-    state = PartialState()
     if state.is_main_process:
-        run.begin(plan.name, stage.digest)
+        run.begin(plan.name, job.digest)
     state.wait_for_everyone()
-    record["metrics"] = trainer.fit(built, plan, run.folder(plan.name))
+    record["metrics"] = trainer.fit(built, job)
     record["trainer_args"] = built.args.to_dict()
-    partial = run.folder(plan.name) / "adapter.partial"
+    partial = job.folder / "adapter.partial"
     if state.is_main_process:
-        record["policy_logps"] = reference.completion_logps(built.model, _probe(prepared, stage))
+        record["policy_logps"] = reference.completion_logps(built.model, _probe(job))
         with storage(run.path):
-            _save(built.model, stage, prepared, partial)
+            _save(built.model, job, partial)
     return partial, record
 
 
-def _start_logps(prepared: Prepared, stage: PreparedStage) -> Any:
+def _start_logps(job: StageJob) -> Any:
     """Log-probabilities of the first pairs under the start model, loaded by plain transformers and PEFT."""
-    loaded: Any = model.load_base(prepared.recipe, prepared.hardware)
-    if stage.start_adapter is not None:
-        loaded = PeftModel.from_pretrained(loaded, str(stage.start_adapter))
-    max_length = stage.plan.trainer.get("max_length", 1024)
-    logps = dpo.start_logps(stage.data.train, loaded, prepared.tokenizer, max_length)
+    loaded: Any = model.load_base(job.recipe, job.hardware)
+    if job.start is not None:
+        loaded = PeftModel.from_pretrained(loaded, str(job.start))
+    logps = dpo.start_logps(job, loaded)
     del loaded
     trainer.release()
     return logps
 
 
-def _save(trained: PeftModel, stage: PreparedStage, prepared: Prepared, folder: Path) -> None:
-    name = _base_name(prepared.recipe)
-    if stage.plan.mode == "stack" and stage.start_adapter is not None:
+def _save(trained: PeftModel, job: StageJob, folder: Path) -> None:
+    name = _base_name(job.recipe)
+    if job.plan.mode == "stack" and job.start is not None:
         own = folder.with_name("trained.partial")
         adapter.save(trained, own, name)
         adapter.check_values(own)
-        adapter.concatenate(stage.start_adapter, own, folder)
-        for file in own.iterdir():
-            file.unlink()
-        own.rmdir()
+        adapter.concatenate(job.start, own, folder)
+        shutil.rmtree(own)
     else:
         adapter.save(trained, folder, name)
         adapter.check_values(folder)
-    prepared.tokenizer.save_pretrained(str(folder))
+    job.tokenizer.save_pretrained(str(folder))
 
 
-def _verify(prepared: Prepared, stage: PreparedStage, folder: Path, policy_logps: Any) -> float:
+def _verify(job: StageJob, folder: Path, policy_logps: Any) -> float:
     """Load the saved adapter as anyone would, and compare it with the policy that was trained.
 
     Raises:
         ProofError: they differ by more than rounding.
     """
-    recipe, hardware = prepared.recipe, prepared.hardware
-    batch = _probe(prepared, stage)
-    reloaded = PeftModel.from_pretrained(model.load_base(recipe, hardware), str(folder))
+    batch = _probe(job)
+    reloaded = PeftModel.from_pretrained(model.load_base(job.recipe, job.hardware), str(folder))
     difference = reference.per_token_difference(reference.completion_logps(reloaded, batch), policy_logps, batch)
-    rounds_in_16_bits = stage.plan.trainer["bf16"] or stage.plan.trainer.get("fp16") or quantization(recipe)
-    tolerance = reference.OTHER_PATH["bfloat16" if rounds_in_16_bits else model_dtype(recipe, hardware)]
+    tolerance = reference.OTHER_PATH[reference.rounding(job)]
     if not difference <= tolerance:
         raise ProofError(
-            f"{stage.plan.name}: the saved adapter, loaded on a fresh base, differs from the trained policy by "
+            f"{job.plan.name}: the saved adapter, loaded on a fresh base, differs from the trained policy by "
             f"{difference:.3g} nats per token, at most {tolerance:.0e} expected; it lies in {folder} for inspection"
         )
     return difference
 
 
-def _probe(prepared: Prepared, stage: PreparedStage) -> reference.Sequences:
-    rows = [stage.data.train[i] for i in range(min(VERIFIED_ROWS, len(stage.data.train)))]
-    return reference.sequences(rows, prepared.tokenizer.pad_token_id, stage.plan.trainer.get("max_length", 1024))
+def _probe(job: StageJob) -> reference.Sequences:
+    rows = [job.data.train[i] for i in range(min(VERIFIED_ROWS, len(job.data.train)))]
+    return reference.sequences(rows, job.tokenizer.pad_token_id, job.max_length)
 
 
 def _deliver(prepared: Prepared, run: RunDirectory) -> RunResult:
-    records = {s.plan.name: run.finished(s.plan.name) for s in prepared.stages}
+    records = {s.plan.name: run.finished(s.plan.name) for s in prepared.jobs}
     done = {name: record for name, record in records.items() if record is not None}
     if len(done) < len(records):
         return RunResult(run.path, None, done)
     evaluation = None
     if PartialState().is_main_process:
-        target = run.deliver(prepared.stages[-1].plan.name)
+        target = run.deliver(prepared.jobs[-1].plan.name)
         _say(f"adapter: {target}")
         if prepared.recipe.evaluate is not None:
-            adapters = {stage.plan.name: run.adapter(stage.plan.name) for stage in prepared.stages}
+            adapters = {job.plan.name: run.adapter(job.plan.name) for job in prepared.jobs}
             evaluation = evaluate.evaluate(prepared.recipe, prepared.hardware, prepared.tokenizer, adapters)
             write_json(run.path / "evaluation.json", evaluation)
             _say("\n" + evaluate.table(evaluation))

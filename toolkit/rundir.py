@@ -32,10 +32,11 @@ class RunDirectory:
         if self.path.exists() and (not self.path.is_dir() or (any(self.path.iterdir()) and not self._resolved())):
             raise RunError(f"{self.path}: is not a run directory; choose another with --output")
         held = (self._resolved() or {}).get("identity", identity(recipe))
-        if held != identity(recipe):
+        asked = identity(recipe)
+        if held != asked:
             raise RunError(
-                f"{self.path}: holds the run of {held['recipe']} on {held['base']}, this is {identity(recipe)['recipe']}"
-                f" on {identity(recipe)['base']}; choose another directory with --output"
+                f"{self.path}: holds the run of {held['recipe']} on {held['base']}, this is {asked['recipe']} on "
+                f"{asked['base']}; choose another directory with --output"
             )
         with storage(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -70,7 +71,7 @@ class RunDirectory:
         return self.finished(stage) is None and begun is not None and begun.get("digest") == digest
 
     def begin(self, stage: str, digest: str) -> Path:
-        """The folder to train in: the one of an interrupted attempt, else an empty one; an older result is kept aside."""
+        """The folder to train in: that of an interrupted attempt, or an empty one; an older result is kept aside."""
         folder = self.folder(stage)
         with storage(self.path):
             if not self.started(stage, digest):
@@ -155,7 +156,9 @@ def storage(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         # torch and safetensors write in C++ and Rust, and report a full disk in words of their own
-        full = any(text in str(error) for text in ("No space left on device", "PytorchStreamWriter", "inline_container"))
+        full = any(
+            text in str(error) for text in ("No space left on device", "PytorchStreamWriter", "inline_container")
+        )
         code = getattr(error, "errno", None)
         if full or code in (errno.ENOSPC, errno.EDQUOT):
             text = "the disk is full; free some space or choose another --output, then run the same command to resume"

@@ -1,6 +1,7 @@
 """What SFT and DPO share around TRL's trainers: their arguments, checkpoints, and running one to its end."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from toolkit.chat import first_line
 from toolkit.errors import ModelError
+from toolkit.job import StageJob
 from toolkit.plan import Hardware, StagePlan
 from toolkit.progress import Metrics, Progress
-from toolkit.recipe import Recipe
 from toolkit.rundir import storage
 
 # Settings that shape the rows. The toolkit has applied them by the time the trainer gets its rows.
@@ -19,7 +20,7 @@ APPLIED_TO_ROWS = ("completion_only_loss", "assistant_only_loss")
 CHECKPOINT_FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt")  # and rng_state*.pth, one per process
 
 
-def arguments(config_class: Any, recipe: Recipe, plan: StagePlan, hardware: Hardware, folder: Path, **own: Any) -> Any:
+def arguments(config_class: Any, job: StageJob, **own: Any) -> Any:
     """`SFTConfig` or `DPOConfig` of the stage; checkpoints go to `folder/checkpoints`.
 
     Args:
@@ -28,18 +29,17 @@ def arguments(config_class: Any, recipe: Recipe, plan: StagePlan, hardware: Hard
     Raises:
         ModelError: a value or combination that TRL or transformers refuse.
     """
-    settings = {key: value for key, value in plan.trainer.items() if key not in APPLIED_TO_ROWS}
-    if hardware.device == "cpu":
+    settings = {key: value for key, value in job.plan.trainer.items() if key not in APPLIED_TO_ROWS}
+    if job.hardware.device == "cpu":
         settings.setdefault("dataloader_pin_memory", False)
     try:
-        output_dir = str(folder / "checkpoints")
-        return config_class(output_dir=output_dir, seed=recipe.seed, disable_tqdm=True, **{**settings, **own})
+        output_dir = str(job.folder / "checkpoints")
+        return config_class(output_dir=output_dir, seed=job.recipe.seed, disable_tqdm=True, **{**settings, **own})
     except (ValueError, TypeError, ImportError) as error:
-        where = recipe.where("stages", plan.index, "trainer")
-        raise ModelError(f"{where}: {first_line(error)}") from None
+        raise ModelError(f"{job.where('trainer')}: {first_line(error)}") from None
 
 
-def fit(trainer: Any, plan: StagePlan, folder: Path) -> dict[str, float]:
+def fit(trainer: Any, job: StageJob) -> dict[str, float]:
     """Train to the end, from the last complete checkpoint if there is one.
 
     Returns:
@@ -48,16 +48,16 @@ def fit(trainer: Any, plan: StagePlan, folder: Path) -> dict[str, float]:
     Raises:
         RunError: the disk is full or not writable; checkpoints stay as they are.
     """
-    progress = Progress(plan.name)
+    progress = Progress(job.plan.name)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    trainer.add_callback(Metrics(folder / "metrics.jsonl"))
+    trainer.add_callback(Metrics(job.folder / "metrics.jsonl"))
     trainer.add_callback(progress)
-    checkpoint = last_checkpoint(folder / "checkpoints")
+    checkpoint = last_checkpoint(job.folder / "checkpoints")
     if checkpoint is not None:
         print(f"  resumes from {checkpoint.name}", flush=True)
     try:
-        with storage(folder):
+        with storage(job.folder):
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         progress.close()
@@ -78,9 +78,9 @@ def optimizer_steps(rows: int, plan: StagePlan, hardware: Hardware) -> int:
     if plan.trainer.get("dataloader_drop_last"):
         batches = rows // per_device // hardware.processes
     else:
-        batches = -(-(-(-rows // per_device)) // hardware.processes)
-    per_epoch = max(-(-batches // plan.trainer.get("gradient_accumulation_steps", 1)), 1)
-    return int(-(-plan.trainer["num_train_epochs"] * per_epoch // 1))
+        batches = math.ceil(math.ceil(rows / per_device) / hardware.processes)
+    per_epoch = max(math.ceil(batches / plan.trainer.get("gradient_accumulation_steps", 1)), 1)
+    return math.ceil(plan.trainer["num_train_epochs"] * per_epoch)
 
 
 def _is_complete(path: Path) -> bool:

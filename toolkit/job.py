@@ -1,0 +1,39 @@
+"""One stage, ready to be trained: what the modules that train, prove and verify it are given."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolkit.data import StageData
+from toolkit.plan import Hardware, StagePlan
+from toolkit.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """A stage, its rows, and where it stands in the run."""
+
+    recipe: Recipe
+    plan: StagePlan
+    hardware: Hardware
+    tokenizer: Any
+    data: StageData
+    start: Path | None
+    """The adapter the stage starts from; `None` for the base."""
+    folder: Path
+    """The stage's folder in the run directory."""
+    steps: int
+    """Optimizer steps."""
+    trainable: int
+    """Parameters in training."""
+    digest: str
+    """Key of everything the stage's result depends on."""
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens of a row, or of prompt + completion, at which TRL cuts; TRL's own default is 1024."""
+        return self.plan.trainer.get("max_length", 1024)
+
+    def where(self, *location: str | int) -> str:
+        """`file:line: key` of a place in this stage's part of the recipe."""
+        return self.recipe.where("stages", self.plan.index, *location)
