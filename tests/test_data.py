@@ -1,0 +1,201 @@
+"""Every format becomes the same tokens, and every row that is lost is counted."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+import toolkit
+from tests.conftest import write_jsonl
+from tests.tiny import make_tokenizer
+from toolkit.data import StageData, prepare
+from toolkit.plan import Hardware, stage_plans
+from toolkit.trainer import optimizer_steps
+
+CPU = Hardware("cpu", bf16=False)
+Q, A, B = "what is the sun", "it is red", "no it is not"
+USER, ASSISTANT, WORSE = ({"role": r, "content": c} for r, c in (("user", Q), ("assistant", A), ("assistant", B)))
+SYSTEM = {"role": "system", "content": "be kind"}
+
+
+@pytest.fixture
+def rows_of(tmp_path: Path, write: Any) -> Any:
+    """Prepare rows for a stage; keyword arguments go to the data source, `trainer` to the trainer."""
+
+    def _rows(rows: list[dict[str, Any]] | Path, type: str = "sft", trainer: Any = None, **source: Any) -> StageData:
+        file = rows if isinstance(rows, Path) else write_jsonl(tmp_path / "rows.jsonl", rows)
+        stage = {"type": type, "data": [{"path": str(file), **source}], "trainer": trainer or {}}
+        recipe = toolkit.load_recipe(write({"model": {"name_or_path": "x"}, "stages": [stage]}))
+        return prepare(recipe, stage_plans(recipe, CPU)[0], make_tokenizer())
+
+    return _rows
+
+
+def text(data: StageData, row: int = 0) -> tuple[str, str]:
+    """The unsupervised and the supervised part of an SFT row."""
+    ids, labels = data.train[row]["input_ids"], data.train[row]["labels"]
+    start = next(i for i, label in enumerate(labels) if label != -100)
+    tokenizer = make_tokenizer()
+    return tokenizer.decode(ids[:start]), tokenizer.decode(ids[start:])
+
+
+PROMPT = f"<|im_start|>user\n{Q}<|im_end|>\n<|im_start|>assistant\n"
+WITH_SYSTEM = f"<|im_start|>system\nbe kind<|im_end|>\n{PROMPT}"
+COMPLETION = f"{A}<|im_end|>\n"
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"prompt": [USER], "completion": [ASSISTANT]}, PROMPT),
+        ({"prompt": [SYSTEM, USER], "completion": [ASSISTANT]}, WITH_SYSTEM),
+        ({"prompt": [USER], "completion": A}, PROMPT),
+        ({"instruction": Q, "input": "", "output": A}, PROMPT),
+        ({"instruction": "what is", "input": "the sun", "output": A}, PROMPT.replace(Q, "what is\n\nthe sun")),
+        ({"system": "be kind", "instruction": Q, "output": A}, WITH_SYSTEM),
+        ({"prompt": [USER], "chosen": [ASSISTANT], "rejected": [WORSE]}, PROMPT),
+        ({"chosen": [USER, ASSISTANT], "rejected": [USER, WORSE]}, PROMPT),
+        ({"prompt": Q, "chosen": [USER, ASSISTANT], "rejected": [USER, WORSE]}, PROMPT),
+        ({"prompt": Q, "chosen": [ASSISTANT], "rejected": [WORSE]}, PROMPT),
+        ({"instruction": Q, "chosen": A, "rejected": B}, PROMPT),
+        ({"instruction": Q, "output": A, "chosen": B, "rejected": B}, PROMPT),
+        ({"prompt": [USER], "chosen": ASSISTANT, "rejected": WORSE}, PROMPT),
+    ],
+)
+def test_sft_formats(rows_of: Any, row: dict[str, Any], prompt: str) -> None:
+    assert text(rows_of([row])) == (prompt, COMPLETION)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [USER, ASSISTANT]},
+        {"conversations": [{"from": "human", "value": Q}, {"from": "gpt", "value": A}]},
+        {"conversations": [USER, ASSISTANT]},
+    ],
+)
+def test_messages_supervise_the_assistant(rows_of: Any, row: dict[str, Any]) -> None:
+    data = rows_of([row])
+    labels = [label for label in data.train[0]["labels"] if label != -100]
+    assert make_tokenizer().decode(labels) == f"{A}<|im_end|>"
+    assert make_tokenizer().decode(data.train[0]["input_ids"]) == PROMPT + COMPLETION
+
+
+def test_every_assistant_turn_is_supervised(rows_of: Any) -> None:
+    data = rows_of([{"messages": [USER, ASSISTANT, USER, WORSE]}])
+    labels = [label for label in data.train[0]["labels"] if label != -100]
+    assert make_tokenizer().decode(labels) == f"{A}<|im_end|>{B}<|im_end|>"
+
+
+def test_plain_text_ends_with_the_end_token(rows_of: Any) -> None:
+    assert text(rows_of([{"text": Q}])) == ("", f"{Q}<|im_end|>")
+    assert text(rows_of([{"prompt": Q, "completion": " " + A}])) == (Q, f" {A}<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [WORSE]},
+        {"chosen": [USER, ASSISTANT], "rejected": [USER, WORSE]},
+        {"prompt": Q, "chosen": [USER, ASSISTANT], "rejected": [USER, WORSE]},
+        {"instruction": Q, "input": "", "chosen": A, "rejected": B},
+        {"conversations": [{"from": "human", "value": Q}], "chosen": {"from": "gpt", "value": A}, "rejected": {"from": "gpt", "value": B}},
+    ],
+)  # fmt: skip
+def test_dpo_formats(rows_of: Any, row: dict[str, Any]) -> None:
+    pair, tokenizer = rows_of([row], type="dpo").train[0], make_tokenizer()
+    assert tokenizer.decode(pair["prompt_ids"]) == PROMPT
+    assert tokenizer.decode(pair["chosen_ids"]) == COMPLETION
+    assert tokenizer.decode(pair["rejected_ids"]) == f"{B}<|im_end|>\n"
+
+
+def test_columns_rename(rows_of: Any) -> None:
+    row = {"q": Q, "good": A, "bad": B}
+    columns = {"instruction": "q", "chosen": "good", "rejected": "bad"}
+    assert make_tokenizer().decode(rows_of([row], type="dpo", columns=columns).train[0]["prompt_ids"]) == PROMPT
+    with pytest.raises(toolkit.DataError, match="columns: chosen: god is not a column; found q, good, bad"):
+        rows_of([row], type="dpo", columns={"chosen": "god"})
+
+
+def test_the_format_can_be_named(rows_of: Any) -> None:
+    row = {"text": Q, "prompt": [USER], "completion": [ASSISTANT]}
+    assert text(rows_of([row])) == (PROMPT, COMPLETION)
+    assert text(rows_of([row], format="text")) == ("", f"{Q}<|im_end|>")
+
+
+def test_file_types_give_the_same_rows(rows_of: Any, tmp_path: Path) -> None:
+    rows = [{"instruction": Q, "output": A}, {"instruction": B, "output": A}]
+    frame = pd.DataFrame(rows)
+    frame.to_csv(tmp_path / "r.csv", index=False)
+    frame.to_parquet(tmp_path / "r.parquet")
+    frame.to_json(tmp_path / "r.json", orient="records")
+    digests = {rows_of(tmp_path / name).digest for name in ("r.csv", "r.parquet", "r.json")} | {rows_of(rows).digest}
+    assert len(digests) == 1
+
+
+def test_lost_rows_are_counted(rows_of: Any) -> None:
+    long = {"role": "user", "content": "sun " * 60}
+    sft = [{"prompt": [p], "completion": [c]} for p, c in ((USER, ASSISTANT), (long, ASSISTANT))]
+    sft += [{"prompt": [USER], "completion": [{"role": "assistant", "content": c}]} for c in (" ", "moon " * 60)]
+    counts = rows_of(sft, trainer={"max_length": 40}).counts
+    assert (counts.rows, counts.truncated) == (2, 1)
+    assert counts.dropped == {"empty answer": 1, "prompt fills max_length": 1}
+    pairs = [{"prompt": [p], "chosen": [ASSISTANT], "rejected": [WORSE]} for p in (USER, long)]
+    counts = rows_of(pairs, type="dpo", trainer={"max_length": 30}).counts
+    assert (counts.rows, counts.truncated, counts.dropped) == (1, 1, {"prompt fills max_length": 1})
+
+
+def test_tokens_are_counted(rows_of: Any) -> None:
+    pair = {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [WORSE]}
+    row = rows_of([pair], type="dpo")
+    prompt, chosen, rejected = (len(row.train[0][k]) for k in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    assert (row.counts.tokens, row.counts.supervised) == (2 * prompt + chosen + rejected, chosen + rejected)
+
+
+def test_limit_and_fraction_draw_by_seed(rows_of: Any) -> None:
+    rows = [{"instruction": f"{Q} {i}", "output": A} for i in range(20)]
+    assert rows_of(rows, limit=5).digest == rows_of(rows, limit=5).digest
+    assert (rows_of(rows, limit=5).counts.rows, rows_of(rows, fraction=0.25).counts.rows) == (5, 5)
+    assert rows_of(rows, limit=99).counts.rows == 20
+    with pytest.raises(toolkit.RecipeError, match="both limit and fraction are given"):
+        rows_of(rows, limit=5, fraction=0.5)
+
+
+def test_sources_of_different_formats_mix(write: Any, tmp_path: Path) -> None:
+    a = write_jsonl(tmp_path / "a.jsonl", [{"messages": [USER, ASSISTANT]}] * 3)
+    b = write_jsonl(tmp_path / "b.jsonl", [{"text": Q}] * 2)
+    stage = {"type": "sft", "data": [str(a), {"path": str(b), "limit": 1}]}
+    recipe = toolkit.load_recipe(write({"model": {"name_or_path": "x"}, "stages": [stage]}))
+    assert prepare(recipe, stage_plans(recipe, CPU)[0], make_tokenizer()).counts.rows == 4
+
+
+def test_the_row_that_cannot_be_read_is_named(rows_of: Any) -> None:
+    rows = [{"messages": [USER, ASSISTANT]}, {"messages": [{"content": "no role"}, ASSISTANT]}]
+    with pytest.raises(toolkit.DataError, match="row 1: cannot be read as this format: no key 'role'"):
+        rows_of(rows)
+
+
+@pytest.mark.parametrize(("rows", "batch", "accumulation", "epochs", "processes"), [(7, 2, 2, 3, 1), (9, 4, 1, 1.5, 1)])
+def test_the_planned_steps_are_the_trainers(
+    recipe: dict[str, Any], write: Any, tmp_path: Path, rows: int, batch: int, accumulation: int, epochs: float, processes: int
+) -> None:
+    stage = recipe["stages"][0]
+    stage["data"] = [{"path": stage["data"], "limit": rows}]
+    stage["trainer"] |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    stage["trainer"]["num_train_epochs"] = epochs
+    result = toolkit.train(write(recipe), output=tmp_path / "run", stage="sft")
+    plan = stage_plans(toolkit.load_recipe(write(recipe)), CPU)[0]
+    from toolkit.progress import read_metrics
+
+    last = read_metrics(result.output / "sft" / "metrics.jsonl")[-1]["step"]
+    assert result.stages["sft"]["steps"] == optimizer_steps(rows, plan, CPU) == last
+
+
+def test_the_planned_steps_count_packed_rows(recipe: dict[str, Any], write: Any, tmp_path: Path) -> None:
+    from toolkit.progress import read_metrics
+
+    recipe["stages"][0]["trainer"] |= {"packing": True, "max_length": 80, "per_device_train_batch_size": 1}
+    result = toolkit.train(write(recipe), output=tmp_path / "run", stage="sft")
+    last = read_metrics(result.output / "sft" / "metrics.jsonl")[-1]["step"]
+    assert result.stages["sft"]["steps"] == last < 12
