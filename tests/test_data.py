@@ -178,7 +178,14 @@ def test_the_row_that_cannot_be_read_is_named(rows_of: Any) -> None:
 
 @pytest.mark.parametrize(("rows", "batch", "accumulation", "epochs", "processes"), [(7, 2, 2, 3, 1), (9, 4, 1, 1.5, 1)])
 def test_the_planned_steps_are_the_trainers(
-    recipe: dict[str, Any], write: Any, tmp_path: Path, rows: int, batch: int, accumulation: int, epochs: float, processes: int
+    recipe: dict[str, Any],
+    write: Any,
+    tmp_path: Path,
+    rows: int,
+    batch: int,
+    accumulation: int,
+    epochs: float,
+    processes: int,
 ) -> None:
     stage = recipe["stages"][0]
     stage["data"] = [{"path": stage["data"], "limit": rows}]

@@ -19,7 +19,7 @@ LAYERS = [
     {"chat", "data", "model", "adapter", "rundir", "progress", "prefix"},
     {"job"},
     {"reference", "trainer"},
-    {"sft", "dpo", "evaluate"},
+    {"sft", "dpo", "evaluate", "hub"},
     {"prepare"},
     {"run"},
     {"cli"},

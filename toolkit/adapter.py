@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model
 from peft.utils.other import get_pattern_key
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, set_seed
 
@@ -141,6 +142,17 @@ def check_initialisation(config: dict[str, Any], where: str) -> None:
             f"{where}: the adapter was initialised with {name!r}, so it stands on a base that loading it rewrites; make "
             f"it a plain one first (PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
         )
+
+
+def check_matrices(adapter: Path) -> None:
+    """Refuse a saved adapter that holds anything but LoRA matrices, such as embeddings saved along with it.
+
+    Raises:
+        ModelError
+    """
+    with safe_open(adapter / WEIGHTS, framework="pt") as weights:
+        for key in weights.keys():  # noqa: SIM118 - not a mapping
+            _is_a(key)
 
 
 def read_config(adapter: Path) -> dict[str, Any]:

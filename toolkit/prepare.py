@@ -202,7 +202,11 @@ def _trainable(recipe: Recipe, plan: StagePlan, empty: Any, parent: StageJob | N
     if plan.mode == "stack":
         where = recipe.where("stages", plan.index, "lora" if recipe.stages[plan.index].lora else "adapter")
         adapter.check_stackable(plan.lora, where)
-        adapter.check_stackable(parent.plan.lora if parent else adapter.read_config(start) if start else {}, where)
+        if parent:
+            adapter.check_stackable(parent.plan.lora, where)
+        elif start:
+            adapter.check_stackable(adapter.read_config(start), where)
+            adapter.check_matrices(start)
     return adapter.check_targets(empty, plan, recipe.where("lora", "target_modules"))
 
 

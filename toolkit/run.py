@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import PartialState
 from peft import PeftModel
 
-from toolkit import adapter, dpo, evaluate, model, reference, sft, trainer
+from toolkit import adapter, dpo, evaluate, hub, model, reference, sft, trainer
 from toolkit.errors import ProofError
 from toolkit.job import StageJob
 from toolkit.load import load_recipe
@@ -187,6 +187,8 @@ def _deliver(prepared: Prepared, run: RunDirectory) -> RunResult:
             evaluation = evaluate.evaluate(prepared.recipe, prepared.hardware, prepared.tokenizer, adapters)
             write_json(run.path / "evaluation.json", evaluation)
             _say("\n" + evaluate.table(evaluation))
+        if prepared.recipe.hub is not None:
+            _say(f"\npushed: {hub.push(prepared.recipe, run.path)}")
     PartialState().wait_for_everyone()
     return RunResult(run.path, run.path / "adapter", done, evaluation)
 

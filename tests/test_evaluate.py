@@ -1,0 +1,53 @@
+"""The closing table counts what plain transformers generates."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import toolkit
+from tests.conftest import WORDS, write_jsonl
+
+
+@pytest.fixture
+def with_evaluation(recipe: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    rows = [{"prompt": f"what is {word}", "answer": word[0]} for word in WORDS[:9]]
+    recipe["evaluate"] = {
+        "data": str(write_jsonl(tmp_path / "held.jsonl", rows)),
+        "max_new_tokens": 8,
+        "batch_size": 4,
+        "scores": {"answer": {"column": "answer"}, "short": {"regex": "^.{0,12}$"}},
+    }
+    return recipe
+
+
+def test_the_table_is_what_plain_transformers_says(
+    with_evaluation: dict[str, Any], write: Any, base: Path, tmp_path: Path
+) -> None:
+    result = toolkit.train(write(with_evaluation), output=tmp_path / "run")
+    assert result.evaluation is not None
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(result.adapter)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    answers = []
+    for word in WORDS[:9]:
+        ids = tokenizer(f"what is {word}", return_tensors="pt")
+        out = model.generate(**ids, max_new_tokens=8, do_sample=False)
+        answers.append(tokenizer.decode(out[0, ids.input_ids.shape[1] :], skip_special_tokens=True))
+    assert [sample["answers"]["dpo"] for sample in result.evaluation["samples"]] == answers[:3]
+    share = sum(word[0] in answer for word, answer in zip(WORDS[:9], answers, strict=True)) / 9
+    assert result.evaluation["scores"]["answer"]["dpo"] == pytest.approx(share)
+    assert list(result.evaluation["scores"]["short"]) == ["base", "sft", "dpo"]
+
+
+def test_a_missing_column_is_found_before_training(with_evaluation: dict[str, Any], write: Any, tmp_path: Path) -> None:
+    with_evaluation["evaluate"]["scores"]["answer"]["column"] = "anser"
+    with pytest.raises(
+        toolkit.DataError, match=r"evaluate.data\[0\].path: no column anser; found columns prompt, answer"
+    ):
+        toolkit.train(write(with_evaluation), output=tmp_path / "run")
+    assert not (tmp_path / "run" / "sft").exists()
