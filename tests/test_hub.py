@@ -78,7 +78,7 @@ def train(recipe: dict[str, Any], write: Any, hub: ThreadingHTTPServer, tmp_path
     def _train() -> subprocess.CompletedProcess[str]:
         import os
 
-        return subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
+        return subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
 
     return _train
 

@@ -139,8 +139,8 @@ def check_initialisation(config: dict[str, Any], where: str) -> None:
     name = config.get("init_lora_weights", True)
     if name not in (True, False, "gaussian", "orthogonal"):
         raise ModelError(
-            f"{where}: the adapter was initialised with {name!r}, so it stands on a base that loading it rewrites; make "
-            f"it a plain one first (PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
+            f"{where}: the adapter was initialised with {name!r}, so it stands on a base that loading it rewrites; "
+            f"make it a plain one first (PEFT: save_pretrained with path_initial_model_for_weight_conversion)"
         )
 
 

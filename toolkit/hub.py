@@ -44,8 +44,9 @@ def push(recipe: Recipe, run: Path) -> str:
         api.create_repo(repo_id, private=recipe.hub.private, exist_ok=True)
         commit = api.create_commit(repo_id, operations, commit_message=f"Adapter of {recipe.file.name}")
     except Exception as error:  # the client raises a dozen unrelated types; all of them mean that it is not pushed
+        reason = first_line(error).rstrip(".")
         raise RunError(
-            f"{recipe.where('hub', 'repo_id')}: not pushed to {repo_id}: {first_line(error).rstrip('.')}. The run is finished and as "
-            f"it was; run the same command again to push"
+            f"{recipe.where('hub', 'repo_id')}: not pushed to {repo_id}: {reason}. The run is finished and as it was; "
+            f"run the same command again to push"
         ) from error
     return str(commit.commit_url)
