@@ -19,7 +19,8 @@ WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "config.js
 
 def detect_hardware() -> Hardware:
     """The device of this process, whether it computes in bf16, and how many processes there are."""
-    state = PartialState()
+    # Without being told, accelerate takes several processes on CPUs for several runs of one process
+    state = PartialState(cpu=not torch.accelerator.is_available())
     cuda = state.device.type == "cuda"
     return Hardware(state.device.type, cuda and torch.cuda.is_bf16_supported(), state.num_processes)
 

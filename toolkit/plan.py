@@ -31,6 +31,7 @@ KEEPING_DEFAULTS: dict[str, Any] = {
     "save_steps": 0.1,  # of the run's steps
     "save_total_limit": 2,
     "report_to": "none",
+    "ddp_find_unused_parameters": False,  # every LoRA matrix takes part in every step; looking for others costs time
 }
 EVAL_DEFAULTS: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 0.25}  # of the run's steps
 
@@ -44,6 +45,7 @@ WITHOUT_EFFECT_ON_WEIGHTS = (
     "project",
     "trackio_",
     "dataloader_num",
+    "ddp_",
 )
 
 

@@ -31,6 +31,7 @@ def arguments(config_class: Any, job: StageJob, **own: Any) -> Any:
     """
     settings = {key: value for key, value in job.plan.trainer.items() if key not in APPLIED_TO_ROWS}
     if job.hardware.device == "cpu":
+        settings["use_cpu"] = True  # TrainingArguments sets the process group up anew, and must find it there
         settings.setdefault("dataloader_pin_memory", False)
     try:
         output_dir = str(job.folder / "checkpoints")
