@@ -66,6 +66,7 @@ def test_dpo_has_the_losses_of_a_plain_trl_script(
         texts = [{"prompt": r["question"], "chosen": " " + r["good"], "rejected": " " + r["bad"]} for r in answers(12)]
         write_jsonl(tmp_path / "dpo.jsonl", texts)
     recipe["stages"] = recipe["stages"][1:]
+    recipe["stages"][0]["trainer"]["train_sampling_strategy"] = "random"
     result = toolkit.train(write(recipe), output=tmp_path / "run")
     model, tokenizer = plain
     data = load_dataset("json", data_files=str(tmp_path / "dpo.jsonl"), split="train")
@@ -82,6 +83,7 @@ def test_dpo_after_sft_equals_trl_with_the_merged_sft_model_as_reference(
     recipe: dict[str, Any], write: Any, plain: Any, tmp_path: Path, adapter: str
 ) -> None:
     recipe["stages"][1]["adapter"] = adapter
+    recipe["stages"][1]["trainer"]["train_sampling_strategy"] = "random"
     result = toolkit.train(write(recipe), output=tmp_path / "run")
     model, tokenizer = plain
     policy = PeftModel.from_pretrained(model, result.output / "sft" / "adapter", is_trainable=adapter == "continue")

@@ -8,7 +8,7 @@ from toolkit.load import load_recipe
 from toolkit.recipe import Recipe
 
 if TYPE_CHECKING:
-    from toolkit.run import RunResult, train
+    from toolkit.run import RunResult, compute_reference, train
 
 # TRL and the Hub client report use unless told not to, and read this when they are imported.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -22,14 +22,15 @@ __all__ = [
     "RunError",
     "RunResult",
     "ToolkitError",
+    "compute_reference",
     "load_recipe",
     "train",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """`train` and `RunResult` bring torch and trl with them, so they are imported when they are first used."""
-    if name in ("train", "RunResult"):
+    """What brings torch and trl along is imported when it is first used."""
+    if name in ("train", "compute_reference", "RunResult"):
         from toolkit import run
 
         return getattr(run, name)

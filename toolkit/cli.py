@@ -1,10 +1,11 @@
-"""The command line: a thin layer over `toolkit.load_recipe` and `toolkit.train`."""
+"""The command line: a thin layer over `load_recipe`, `train` and `compute_reference`."""
 
 import argparse
 import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import Any
 
 from toolkit.errors import ToolkitError
 
@@ -14,33 +15,42 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="toolkit", description="One recipe file in, one adapter out: LoRA with TRL.")
     top.add_argument("--version", action="version", version=version("trl-lora-toolkit"))
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    train = commands.add_parser("train", help="run the stages of a recipe and hand back one adapter")
-    train.add_argument("recipe", metavar="RECIPE", help="the YAML file")
-    train.add_argument("--output", metavar="DIR", help="run directory (default: runs/FOLDER-RECIPE)")
-    train.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    train = _command(commands, "train", "run the stages of a recipe and hand back one adapter")
     train.add_argument("--stage", metavar="NAME", help="run this stage only; what it starts from must be finished")
     train.add_argument("--fresh", action="store_true", help="run finished stages again; the old results are kept aside")
+    _command(commands, "reference", "fill the cache of reference log-probabilities, as a step of its own")
     return top
+
+
+def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    command.add_argument("recipe", metavar="RECIPE", help="the YAML file")
+    command.add_argument("--output", metavar="DIR", help="run directory (default: runs/FOLDER-RECIPE)")
+    command.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="any value")
+    return command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 when it worked, 2 for bad input, 3 for a result that failed its proof."""
     args = parser().parse_args(argv)
     try:
-        return _train(args)
+        return _run(args)
     except ToolkitError as error:
         print(f"error: {error}" if "\n" not in str(error) else f"errors:\n{error}", file=sys.stderr)
         return error.exit_code
 
 
-def _train(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace) -> int:
     from toolkit.load import load_recipe
 
     recipe = load_recipe(args.recipe, args.overrides)  # before torch is imported: a typo is answered at once
     _quiet()
-    from toolkit.run import train
+    from toolkit.run import compute_reference, train
 
-    train(recipe, output=args.output, stage=args.stage, fresh=args.fresh)
+    if args.command == "reference":
+        compute_reference(recipe, output=args.output)
+    else:
+        train(recipe, output=args.output, stage=args.stage, fresh=args.fresh)
     return 0
 
 

@@ -8,27 +8,42 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
-from toolkit import adapter, reference, trainer
+from toolkit import adapter, proof, reference, trainer
+from toolkit.grouping import LengthGrouped
 from toolkit.job import StageJob
 from toolkit.plan import StagePlan
+from toolkit.progress import say
 
 PROOF_ROWS = 4
 
 
 class PairTrainer(DPOTrainer):
-    """TRL's trainer, given rows that are tokenized already.
+    """TRL's trainer, given rows that are tokenized already, with pairs of like length in one batch.
 
     `_prepare_dataset` is TRL's own and has no public counterpart: `SFTTrainer` accepts tokenized rows, `DPOTrainer` of
     TRL 1.16 does not. Remove when it does.
     """
 
+    group_by_length = False
+    """Whether batches hold pairs of like length."""
+
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return dataset if "prompt_ids" in dataset.column_names else super()._prepare_dataset(dataset, *args, **kwargs)
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if not self.group_by_length:
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        # the rows of one optimizer step, however many processes and micro-batches they are dealt out to
+        step = self._train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        return LengthGrouped(reference.lengths(rows), step, seed)
+
 
 def arguments(job: StageJob) -> DPOConfig:
-    """`DPOConfig` of the stage."""
-    return trainer.arguments(DPOConfig, job)
+    """`DPOConfig` of the stage. The grouping of pairs is ours: transformers' own looks for `input_ids`."""
+    own = {"train_sampling_strategy": "random"} if _groups(job) else {}
+    return trainer.arguments(DPOConfig, job, **own)
 
 
 def build(job: StageJob, base: PreTrainedModel) -> PairTrainer:
@@ -42,16 +57,17 @@ def build(job: StageJob, base: PreTrainedModel) -> PairTrainer:
         processing_class=job.tokenizer,
         peft_config=adapter.lora_config(job.plan, job.where()) if model is None else None,
     )
+    built.group_by_length = _groups(job)
     _settle_reference(built.model, job.plan)
     return built
 
 
 def start_logps(job: StageJob, model: Any) -> torch.Tensor:
     """Log-probabilities of the first pairs under an independently loaded start model, `(2 * pairs,)`, in nats."""
-    return reference.completion_logps(model, _first_pairs(job))
+    return proof.completion_logps(model, _first_pairs(job))
 
 
-def prove(job: StageJob, built: PairTrainer, start: torch.Tensor) -> reference.Proof:
+def prove(job: StageJob, built: PairTrainer, start: torch.Tensor) -> proof.Proof:
     """Compare policy, reference and start model on the first pairs, before the first step.
 
     Args:
@@ -69,18 +85,35 @@ def prove(job: StageJob, built: PairTrainer, start: torch.Tensor) -> reference.P
         loss = built.compute_loss(built.model, inputs).item()
     built._metrics["eval"].clear()
     built.model.train()
-    rounding = reference.rounding(job)
-    proof = reference.Proof(
+    rounding = proof.rounding(job)
+    proven = proof.Proof(
         sequences=len(batch.tokens),
-        policy_vs_reference=reference.per_token_difference(policy, against, batch),
-        reference_vs_start=reference.per_token_difference(against, start, batch),
+        policy_vs_reference=proof.per_token_difference(policy, against, batch),
+        reference_vs_start=proof.per_token_difference(against, start, batch),
         first_loss=loss,
         expected_first_loss=math.log(2) if built.loss_types == ["sigmoid"] and not built.args.use_weighting else None,
-        tolerance_same_path=reference.SAME_PATH[rounding],
-        tolerance_other_path=reference.OTHER_PATH[rounding],
+        tolerance_same_path=proof.SAME_PATH[rounding],
+        tolerance_other_path=proof.OTHER_PATH[rounding],
     )
-    reference.judge(proof, job.plan.policy, job.plan.reference or "")
-    return proof
+    proof.judge(proven, job.plan.policy, job.plan.reference or "")
+    return proven
+
+
+def take_reference(job: StageJob, built: PairTrainer) -> None:
+    """Give the trainer its reference log-probs as columns, unless they are to be computed on every step."""
+    if job.plan.reference_from == "online":
+        return
+    if built.is_fsdp_enabled or built.is_deepspeed_enabled:
+        say("  reference: computed on every step, as the model is sharded once training starts")
+        return
+    built.train_dataset = reference.with_reference(job, built, built.train_dataset, "training")
+    if built.eval_dataset is not None:
+        built.eval_dataset = reference.with_reference(job, built, built.eval_dataset, "held-out")
+    built.precompute_ref_logps = True  # what `precompute_ref_log_probs` sets, without TRL's own pass and its hash
+
+
+def _groups(job: StageJob) -> bool:
+    return bool(job.plan.trainer["train_sampling_strategy"] == "group_by_length")
 
 
 def _settle_reference(model: Any, plan: StagePlan) -> None:
@@ -112,5 +145,5 @@ def _first_rows(job: StageJob) -> list[dict[str, Any]]:
     return [job.data.train[i] for i in range(min(PROOF_ROWS, len(job.data.train)))]
 
 
-def _first_pairs(job: StageJob) -> reference.Sequences:
-    return reference.sequences(_first_rows(job), job.tokenizer.pad_token_id, job.max_length)
+def _first_pairs(job: StageJob) -> proof.Sequences:
+    return proof.sequences(_first_rows(job), job.tokenizer.pad_token_id, job.max_length)

@@ -16,6 +16,8 @@ class StageJob:
     recipe: Recipe
     plan: StagePlan
     hardware: Hardware
+    base: dict[str, str]
+    """What the base weights are: `{"commit": ...}` or `{"sha256": ...}`."""
     tokenizer: Any
     data: StageData
     start: Path | None

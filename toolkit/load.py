@@ -281,6 +281,10 @@ def _check_start(stage: dict[str, Any], earlier: list[str], problem: Any, *at: s
             f"no earlier stage is named {start!r}; found {', '.join(known)}; or give an adapter's path, as in ./adapter"
         )
         yield problem(text + did_you_mean(start, known), *at, "from")
+    if stage.get("type") == "sft":
+        for key in ("reference", "prefix_sharing"):
+            if key in stage:
+                yield problem("is for dpo stages; sft has no reference and no pairs", *at, key)
     if stage.get("adapter") == "continue":
         if start == "base" or (start is None and not earlier):
             yield problem("there is no adapter to continue: the stage starts from the base", *at, "adapter")

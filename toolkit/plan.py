@@ -23,6 +23,7 @@ TRAINER_DEFAULTS: dict[str, dict[str, Any]] = {
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1,
         "beta": 0.1,
+        "train_sampling_strategy": "group_by_length",
     },
 }
 KEEPING_DEFAULTS: dict[str, Any] = {
@@ -74,6 +75,8 @@ class StagePlan:
     reference: str | None
     lora: dict[str, Any]
     trainer: dict[str, Any]
+    reference_from: Literal["cached", "online"] | None
+    prefix_sharing: bool
 
     def batch_size(self, hardware: Hardware) -> int:
         """Rows that one optimizer step sees, over all processes."""
@@ -145,6 +148,8 @@ def _stage_plan(recipe: Recipe, index: int, hardware: Hardware) -> StagePlan:
         reference=reference if stage.type == "dpo" else None,
         lora={} if mode == "continue" else LORA_DEFAULTS | recipe.lora | (stage.lora or {}),
         trainer=_trainer(recipe, stage, hardware),
+        reference_from=stage.reference if stage.type == "dpo" else None,
+        prefix_sharing=stage.prefix_sharing and stage.type == "dpo",
     )
 
 

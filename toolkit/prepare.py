@@ -158,6 +158,7 @@ def _job(prepared: Prepared, plan: StagePlan, run: RunDirectory, empty: Any) -> 
         recipe=recipe,
         plan=plan,
         hardware=hardware,
+        base=prepared.base,
         tokenizer=prepared.tokenizer,
         data=data,
         start=start,

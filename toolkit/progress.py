@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from transformers import TrainerCallback
 
 SHOWN = {
@@ -100,6 +101,12 @@ class Progress(TrainerCallback):
             return ""
         seconds = (time.monotonic() - since) / done * (state.max_steps - state.global_step)
         return f"  {seconds // 60:.0f}:{seconds % 60:02.0f} left"
+
+
+def say(text: str) -> None:
+    """Print a line, from the main process only."""
+    if PartialState().is_main_process:
+        print(text, flush=True)
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

@@ -90,6 +90,10 @@ class Stage(Strict):
     eval_data: Sources = []
     trainer: dict[str, Any] = {}
     """Fields of `trl.SFTConfig` or `trl.DPOConfig`."""
+    reference: Literal["cached", "online"] = "cached"
+    """DPO: reference log-probs in one pass before training, kept for later runs; or on every step."""
+    prefix_sharing: bool = True
+    """DPO: run each prompt once for its pair, wherever that is exact."""
 
     @model_validator(mode="before")
     @classmethod

@@ -1,131 +1,99 @@
-"""What the DPO reference is, proven: log-probabilities of policy, reference and an independently loaded start model."""
+"""Reference log-probabilities in one pass before training: from the cache, or computed and cached."""
 
-import math
-from dataclasses import asdict, dataclass
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from datasets import Dataset
 
-from toolkit.chat import IGNORED
-from toolkit.errors import ProofError
+from toolkit import cache
+from toolkit.cache import NAMES, Entry
 from toolkit.job import StageJob
-from toolkit.plan import model_dtype, quantization
+from toolkit.progress import say
+from toolkit.proof import OTHER_PATH, rounding
 
-# Largest difference, in nats per completion token, between two computations of the same log-probabilities. The same
-# weights on the same path agree to the last bit; another path (TRL's fused head against full logits, another batch
-# shape) rounds differently. In 16 bits and on quantized layers that rounding is what it is.
-SAME_PATH = {"float32": 1e-5, "bfloat16": 1e-3, "float16": 1e-3}
-OTHER_PATH = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 2e-2}
+WIDER = 2  # a pass without gradients takes so many times the rows of a training step
+CHECKED_ROWS = 4
 
 
-def rounding(job: StageJob) -> str:
-    """The type whose rounding bounds how well two computations of the stage's model can agree."""
-    trainer = job.plan.trainer
-    if trainer["bf16"] or trainer.get("fp16") or quantization(job.recipe):
-        return "bfloat16"
-    return model_dtype(job.recipe, job.hardware)
+def with_reference(job: StageJob, built: Any, rows: Dataset, what: str) -> Dataset:
+    """The rows with the columns `ref_chosen_logps`, `ref_rejected_logps`, in nats, which TRL's collator knows.
+
+    Args:
+        built: the stage's `DPOTrainer`, whose reference has been proven.
+        what: name of the rows, for the line that is printed.
+    """
+    key = cache.key(job, rows)
+    entry, unusable = _from_cache(job, built, rows, key)
+    if unusable:
+        say(f"  reference: {unusable}; computed again")
+    if entry is not None:
+        say(f"  reference: {len(rows):,} {what} pairs from the cache: same base, start adapter, dtype and token ids")
+    else:
+        entry = _compute(built, rows, what)
+        not_kept = cache.write(key, entry) if built.accelerator.is_main_process else ""
+        say(f"  reference: {len(rows):,} {what} pairs computed" + (f"; not kept: {not_kept}" if not_kept else ""))
+    for name in NAMES:
+        rows = rows.add_column(name, getattr(entry, name).tolist())
+    return rows
 
 
-@dataclass(frozen=True)
-class Sequences:
-    """Right-padded token ids; `input_ids`, `attention_mask`, `labels` are each `(batch, seq)`."""
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    labels: torch.Tensor
-
-    @property
-    def tokens(self) -> torch.Tensor:
-        """Supervised tokens per sequence, `(batch,)`."""
-        return (self.labels[:, 1:] != IGNORED).sum(1)
+def lengths(rows: Dataset) -> list[int]:
+    """Tokens of prompt + chosen + rejected of each row, `(rows,)`."""
+    total = torch.zeros(len(rows), dtype=torch.long)
+    for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
+        column = rows.with_format("arrow")[name]
+        chunks = column.chunks if hasattr(column, "chunks") else [column]
+        total += torch.cat([torch.from_numpy(c.value_lengths().to_numpy(zero_copy_only=False).copy()) for c in chunks])
+    return [int(n) for n in total]
 
 
-@dataclass(frozen=True)
-class Proof:
-    """The reference of a stage, in numbers. Differences are the largest over the batch, in nats per token."""
-
-    sequences: int
-    policy_vs_reference: float
-    reference_vs_start: float
-    first_loss: float
-    expected_first_loss: float | None
-    tolerance_same_path: float
-    tolerance_other_path: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """For `stage.json`."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        return (
-            f"policy = reference to {self.policy_vs_reference:.1e}, reference = start model loaded on its own to "
-            f"{self.reference_vs_start:.1e} nats per token, over {self.sequences} sequences; "
-            f"first loss {self.first_loss:.4f}"
-        )
-
-
-def sequences(rows: list[dict[str, Any]], pad: int, max_length: int | None) -> Sequences:
-    """SFT or DPO rows as one padded batch; of a pair, all `chosen` come first, then all `rejected`."""
-    pairs: list[tuple[list[int], list[int]]] = []
-    for side in ("chosen_ids", "rejected_ids"):
-        for row in rows:
-            if "input_ids" in row:
-                pairs += [(row["input_ids"], row["labels"])] if side == "chosen_ids" else []
-            else:
-                labels = [IGNORED] * len(row["prompt_ids"]) + row[side]
-                pairs.append((row["prompt_ids"] + row[side], labels))
-    pairs = [(ids[:max_length], labels[:max_length]) for ids, labels in pairs]
-    longest = max(len(ids) for ids, _ in pairs)
-    return Sequences(
-        torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in pairs]),
-        torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in pairs]),
-        torch.tensor([labels + [IGNORED] * (longest - len(labels)) for _, labels in pairs]),
+def _from_cache(job: StageJob, built: Any, rows: Dataset, key: str) -> tuple[Entry | None, str]:
+    """The main process reads for all, so that every rank trains on the same numbers."""
+    found: list[Any] = [cache.read(key, len(rows)) if built.accelerator.is_main_process else None]
+    broadcast_object_list(found, from_process=0)
+    entry, unusable = found[0]
+    if entry is None:
+        return None, unusable
+    first = list(range(min(CHECKED_ROWS, len(rows))))
+    live = _logps(built, rows, first)
+    worst = max(
+        abs(live[side][i] - float(getattr(entry, name)[i])) / max(len(rows[i][f"{name.split('_')[1]}_ids"]), 1)
+        for side, name in enumerate(NAMES)
+        for i in first
     )
+    if not worst <= OTHER_PATH[rounding(job)]:
+        return None, f"the cache disagrees with the reference model by {worst:.2g} nats per token"
+    return entry, ""
 
 
-@torch.no_grad()
-def completion_logps(model: Any, batch: Sequences) -> torch.Tensor:
-    """Sum of the log-probabilities of the supervised tokens, `(batch,)`, in nats, float32, on the CPU.
-
-    Full logits and a plain log-softmax: no code of TRL's, so that it can testify about it. One row at a time.
-    """
-    was_training = model.training
-    model.eval()
-    sums = []
-    for ids, mask, labels in zip(batch.input_ids, batch.attention_mask, batch.labels, strict=True):
-        length = int(mask.sum())
-        row = ids[None, :length].to(model.device)
-        logits = model(input_ids=row, use_cache=False).logits[0, :-1].float()
-        targets = labels[1:length].to(logits.device)
-        chosen = logits.log_softmax(-1).gather(1, targets.clamp(min=0)[:, None])[:, 0]
-        sums.append(chosen[targets != IGNORED].sum().cpu())
-    model.train(was_training)
-    return torch.stack(sums)
+def _compute(built: Any, rows: Dataset, what: str) -> Entry:
+    """Every process computes its share of the batches, like lengths together, the longest first."""
+    state, size = built.accelerator, WIDER * built.args.per_device_train_batch_size
+    length = lengths(rows)
+    order = sorted(range(len(rows)), key=lambda i: -length[i])
+    batches = [order[first : first + size] for first in range(0, len(order), size)]
+    values: list[tuple[int, float, float]] = []
+    for batch in _tracked(batches[state.process_index :: state.num_processes], what):
+        values += zip(batch, *_logps(built, rows, batch), strict=True)
+    everyone = dict((i, pair) for i, *pair in gather_object(values))
+    table = torch.tensor([everyone[i] for i in range(len(rows))], dtype=torch.float32)
+    return Entry(table[:, 0].contiguous(), table[:, 1].contiguous())
 
 
-def per_token_difference(a: torch.Tensor, b: torch.Tensor, batch: Sequences) -> float:
-    """Largest difference of two `(batch,)` sums, in nats per supervised token; infinite if either is not finite."""
-    difference = ((a - b).abs() / batch.tokens.clamp(min=1)).max().item()
-    return difference if math.isfinite(difference) else math.inf
+def _logps(built: Any, rows: Dataset, indices: list[int]) -> tuple[list[float], list[float]]:
+    """TRL's own computation, for the rows of these indices: chosen and rejected, in nats."""
+    was_training = built.model.training
+    built.model.eval()
+    inputs = built._prepare_inputs(built.data_collator([rows[i] for i in indices]))
+    chosen, rejected = built.compute_ref_log_probs(built.model, inputs)
+    built.model.train(was_training)
+    return chosen.float().tolist(), rejected.float().tolist()
 
 
-def judge(proof: Proof, policy: str, reference: str) -> None:
-    """Stop unless policy, reference and start model agree before the first step.
+def _tracked(batches: list[list[int]], what: str) -> Iterator[list[int]]:
+    from rich.progress import track
 
-    Raises:
-        ProofError: which two differ, by how much, and what that means.
-    """
-    numbers = f"(by {{:.3g}} nats per token, at most {{:.0e}} expected, over {proof.sequences} sequences)"
-    if not proof.policy_vs_reference <= proof.tolerance_same_path:
-        by = numbers.format(proof.policy_vs_reference, proof.tolerance_same_path)
-        raise ProofError(
-            f"the policy ({policy}) does not start at its reference ({reference}) {by}. The new adapter changes the "
-            f"model before it is trained, or disabling it does not give the start model: check init_lora_weights."
-        )
-    if not proof.reference_vs_start <= proof.tolerance_other_path:
-        by = numbers.format(proof.reference_vs_start, proof.tolerance_other_path)
-        raise ProofError(
-            f"the reference inside the trainer is not the model this stage starts from ({reference}) {by}. Either the "
-            f"base weights were changed when the adapter was created (PiSSA, OLoRA and the like do that), or another "
-            f"set of adapters is active."
-        )
+    yield from track(batches, f"reference ({what})", disable=not sys.stdout.isatty(), transient=True)

@@ -9,11 +9,12 @@ from typing import Any
 from accelerate import PartialState
 from peft import PeftModel
 
-from toolkit import adapter, dpo, evaluate, hub, model, reference, sft, trainer
+from toolkit import adapter, dpo, evaluate, hub, model, proof, sft, trainer
 from toolkit.errors import ProofError
 from toolkit.job import StageJob
 from toolkit.load import load_recipe
 from toolkit.prepare import Prepared, check_parents, plan_text, prepare, resolved, state_of
+from toolkit.progress import say
 from toolkit.recipe import Recipe
 from toolkit.rundir import RunDirectory, default_output, storage, write_json
 
@@ -51,22 +52,61 @@ def train(
     Raises:
         ToolkitError: bad input, or a result that failed its proof.
     """
-    if not isinstance(recipe, Recipe):
-        recipe = load_recipe(recipe, overrides)
-    run = RunDirectory(Path(output) if output is not None else default_output(recipe))
-    run.claim(recipe)
-    prepared = prepare(recipe, run)
+    prepared, run = _prepared(recipe, output, overrides)
+    recipe = prepared.recipe
     states = _states(prepared, run, stage, fresh)
     check_parents(prepared, states, stage)
     if recipe.evaluate is not None:
         evaluate.held_out_rows(recipe)  # a column missing there should not be found after hours of training
-    _say(plan_text(prepared, states) + "\n")
+    say(plan_text(prepared, states) + "\n")
     if PartialState().is_main_process:
         run.record(recipe, resolved(prepared))
     for job in prepared.jobs:
         if states[job.plan.name] != "finished" and stage in (None, job.plan.name):
             _run_stage(job, run)
     return _deliver(prepared, run)
+
+
+def compute_reference(
+    recipe: Recipe | str | Path, output: str | Path | None = None, overrides: tuple[str, ...] = ()
+) -> list[str]:
+    """Fill the reference cache for the recipe's DPO stages, as a step of its own; `train` then finds it.
+
+    Args:
+        recipe: A recipe, or its file.
+        output: The run directory whose finished stages the DPO stages start from.
+        overrides: `--set` expressions, where `recipe` is a file.
+
+    Returns:
+        The names of the stages that are filled.
+
+    Raises:
+        RunError: a stage starts from one that is not finished.
+        ToolkitError: as for `train`.
+    """
+    prepared, run = _prepared(recipe, output, overrides)
+    states = _states(prepared, run, None, False)
+    filled = []
+    for job in prepared.jobs:
+        if job.plan.reference_from == "cached":
+            check_parents(prepared, states, job.plan.name)
+            say(f"{job.plan.name}: reference, {job.plan.reference}")
+            start = _start_logps(job)
+            built = dpo.build(job, model.load_base(job.recipe, job.hardware))
+            dpo.prove(job, built, start)
+            dpo.take_reference(job, built)
+            filled.append(job.plan.name)
+    return filled
+
+
+def _prepared(
+    recipe: Recipe | str | Path, output: str | Path | None, overrides: tuple[str, ...]
+) -> tuple[Prepared, RunDirectory]:
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe, overrides)
+    run = RunDirectory(Path(output) if output is not None else default_output(recipe))
+    run.claim(recipe)
+    return prepare(recipe, run), run
 
 
 def _states(prepared: Prepared, run: RunDirectory, only: str | None, fresh: bool) -> dict[str, str]:
@@ -84,7 +124,7 @@ def _states(prepared: Prepared, run: RunDirectory, only: str | None, fresh: bool
 def _run_stage(job: StageJob, run: RunDirectory) -> None:
     """Train, save, reload on a fresh base, compare; only then is the stage called finished."""
     plan, began = job.plan, time.monotonic()
-    _say(f"{plan.name}: {plan.type}")
+    say(f"{plan.name}: {plan.type}")
     partial, record = _train_stage(job, run)
     trainer.release()
     state = PartialState()
@@ -95,7 +135,7 @@ def _run_stage(job: StageJob, run: RunDirectory) -> None:
             "adapter_digest": adapter.adapter_digest(partial),
             "seconds": time.monotonic() - began,
         }
-        _say(f"  saved, reloaded on a fresh base: equal to the trained policy to {difference:.1e} nats per token\n")
+        say(f"  saved, reloaded on a fresh base: equal to the trained policy to {difference:.1e} nats per token\n")
         run.finish(plan.name, partial, record)
     state.wait_for_everyone()
 
@@ -109,9 +149,10 @@ def _train_stage(job: StageJob, run: RunDirectory) -> tuple[Path, dict[str, Any]
     base = model.load_base(job.recipe, job.hardware)
     built: Any = sft.build(job, base) if plan.type == "sft" else dpo.build(job, base)
     if start is not None:
-        proof = dpo.prove(job, built, start)
-        record["proof"] = proof.as_dict()
-        _say(f"  proof: {proof}")
+        proven = dpo.prove(job, built, start)
+        record["proof"] = proven.as_dict()
+        say(f"  proof: {proven}")
+        dpo.take_reference(job, built)
     if state.is_main_process:
         run.begin(plan.name, job.digest)
     state.wait_for_everyone()
@@ -119,7 +160,7 @@ def _train_stage(job: StageJob, run: RunDirectory) -> tuple[Path, dict[str, Any]
     record["trainer_args"] = built.args.to_dict()
     partial = job.folder / "adapter.partial"
     if state.is_main_process:
-        record["policy_logps"] = reference.completion_logps(built.model, _probe(job))
+        record["policy_logps"] = proof.completion_logps(built.model, _probe(job))
         with storage(run.path):
             _save(built.model, job, partial)
     return partial, record
@@ -158,8 +199,8 @@ def _verify(job: StageJob, folder: Path, policy_logps: Any) -> float:
     """
     batch = _probe(job)
     reloaded = PeftModel.from_pretrained(model.load_base(job.recipe, job.hardware), str(folder))
-    difference = reference.per_token_difference(reference.completion_logps(reloaded, batch), policy_logps, batch)
-    tolerance = reference.OTHER_PATH[reference.rounding(job)]
+    difference = proof.per_token_difference(proof.completion_logps(reloaded, batch), policy_logps, batch)
+    tolerance = proof.OTHER_PATH[proof.rounding(job)]
     if not difference <= tolerance:
         raise ProofError(
             f"{job.plan.name}: the saved adapter, loaded on a fresh base, differs from the trained policy by "
@@ -168,9 +209,9 @@ def _verify(job: StageJob, folder: Path, policy_logps: Any) -> float:
     return difference
 
 
-def _probe(job: StageJob) -> reference.Sequences:
+def _probe(job: StageJob) -> proof.Sequences:
     rows = [job.data.train[i] for i in range(min(VERIFIED_ROWS, len(job.data.train)))]
-    return reference.sequences(rows, job.tokenizer.pad_token_id, job.max_length)
+    return proof.sequences(rows, job.tokenizer.pad_token_id, job.max_length)
 
 
 def _deliver(prepared: Prepared, run: RunDirectory) -> RunResult:
@@ -181,14 +222,14 @@ def _deliver(prepared: Prepared, run: RunDirectory) -> RunResult:
     evaluation = None
     if PartialState().is_main_process:
         target = run.deliver(prepared.jobs[-1].plan.name)
-        _say(f"adapter: {target}")
+        say(f"adapter: {target}")
         if prepared.recipe.evaluate is not None:
             adapters = {job.plan.name: run.adapter(job.plan.name) for job in prepared.jobs}
             evaluation = evaluate.evaluate(prepared.recipe, prepared.hardware, prepared.tokenizer, adapters)
             write_json(run.path / "evaluation.json", evaluation)
-            _say("\n" + evaluate.table(evaluation))
+            say("\n" + evaluate.table(evaluation))
         if prepared.recipe.hub is not None:
-            _say(f"\npushed: {hub.push(prepared.recipe, run.path)}")
+            say(f"\npushed: {hub.push(prepared.recipe, run.path)}")
     PartialState().wait_for_everyone()
     return RunResult(run.path, run.path / "adapter", done, evaluation)
 
@@ -197,8 +238,3 @@ def _base_name(recipe: Recipe) -> str:
     """The base as it may be written down: a Hub id, or the name of a local folder without its place on this machine."""
     path = Path(recipe.model.name_or_path)
     return path.name if path.is_absolute() else recipe.model.name_or_path
-
-
-def _say(text: str) -> None:
-    if PartialState().is_main_process:
-        print(text, flush=True)

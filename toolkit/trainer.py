@@ -12,7 +12,7 @@ from toolkit.chat import first_line
 from toolkit.errors import ModelError
 from toolkit.job import StageJob
 from toolkit.plan import Hardware, StagePlan
-from toolkit.progress import Metrics, Progress
+from toolkit.progress import Metrics, Progress, say
 from toolkit.rundir import storage
 
 # Settings that shape the rows. The toolkit has applied them by the time the trainer gets its rows.
@@ -56,7 +56,7 @@ def fit(trainer: Any, job: StageJob) -> dict[str, float]:
     trainer.add_callback(progress)
     checkpoint = last_checkpoint(job.folder / "checkpoints")
     if checkpoint is not None:
-        print(f"  resumes from {checkpoint.name}", flush=True)
+        say(f"  resumes from {checkpoint.name}")
     try:
         with storage(job.folder):
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
