@@ -109,7 +109,9 @@ def test_two_processes_train_what_one_does(recipe: dict[str, Any], write: Any, t
         "toolkit",
     ]
     command += ["train", str(write(recipe)), "--output", str(tmp_path / "two")]
-    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    own_cache = os.environ | {"TOOLKIT_CACHE": str(tmp_path / "cache")}  # so that each process computes its share
+    said = subprocess.run(command, check=True, capture_output=True, text=True, env=own_cache).stdout
+    assert said.count("reference: 12 training pairs computed") == 1
     assert said.count("on cpu, 2 processes, seed 7") == said.count("dpo: dpo") == 1
     for stage, names in (("sft", ["loss"]), ("dpo", ["loss", "rewards/margins", "logps/chosen"])):
         metrics = [read_metrics(run / stage / "metrics.jsonl") for run in (one, tmp_path / "two")]

@@ -18,7 +18,7 @@ LAYERS = [
     {"load", "plan"},
     {"chat", "data", "model", "adapter", "rundir", "progress", "prefix", "grouping"},
     {"job"},
-    {"proof", "trainer", "cache"},
+    {"proof", "trainer", "cache", "packing"},
     {"reference"},
     {"sft", "dpo", "evaluate", "hub"},
     {"prepare"},

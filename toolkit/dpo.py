@@ -4,11 +4,12 @@ import math
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
-from toolkit import adapter, proof, reference, trainer
+from toolkit import adapter, prefix, proof, reference, trainer
 from toolkit.grouping import LengthGrouped
 from toolkit.job import StageJob
 from toolkit.plan import StagePlan
@@ -99,6 +100,27 @@ def prove(job: StageJob, built: PairTrainer, start: torch.Tensor) -> proof.Proof
     return proven
 
 
+def share_prompts(job: StageJob, built: PairTrainer) -> str:
+    """Run each prompt once for its pair from now on, if this model does that exactly.
+
+    Returns:
+        What was decided, and why: one sentence.
+    """
+    if not job.plan.prefix_sharing:
+        return "off, as the recipe asks"
+    collator = prefix.PairCollator(built.processing_class.pad_token_id, built.args.max_length)
+    reason = prefix.reason_against(built.model)
+    check = None if reason else prefix.self_check(built.model, _first_rows(job), collator)
+    decided: list[Any] = [reason, check]
+    broadcast_object_list(decided, from_process=0)  # ranks that round differently must not choose differently
+    reason, check = decided
+    if reason or check is None or not check.passed:
+        return f"off: {reason or check}"
+    prefix.share_prefix(built.model)
+    built.data_collator = collator
+    return f"on: {check}"
+
+
 def take_reference(job: StageJob, built: PairTrainer) -> None:
     """Give the trainer its reference log-probs as columns, unless they are to be computed on every step."""
     if job.plan.reference_from == "online":
@@ -130,14 +152,9 @@ def _settle_reference(model: Any, plan: StagePlan) -> None:
 @torch.no_grad()
 def _policy_logps(built: PairTrainer, inputs: dict[str, Any]) -> torch.Tensor:
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+    for_model = {name: value for name, value in inputs.items() if name != "completion_mask"}
     with built.accelerator.autocast():
-        out = built.model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            labels=labels,
-            fused_lm_head=True,
-            use_cache=False,
-        )
+        out = built.model(**for_model, labels=labels, fused_lm_head=True, use_cache=False)
     return out.log_probs.sum(1).float().cpu()
 
 

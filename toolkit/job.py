@@ -30,6 +30,8 @@ class StageJob:
     """Parameters in training."""
     digest: str
     """Key of everything the stage's result depends on."""
+    no_sharing: str | None
+    """Why pairs do not share their prompt, as far as that is known before the weights are loaded."""
 
     @property
     def max_length(self) -> int | None:

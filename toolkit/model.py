@@ -58,7 +58,9 @@ def empty_base(recipe: Recipe) -> PreTrainedModel:
     """The base's modules without its weights, on the meta device: shapes and names for the plan."""
     model = recipe.model
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(_config(recipe), trust_remote_code=model.trust_remote_code)
+        return AutoModelForCausalLM.from_config(
+            _config(recipe), trust_remote_code=model.trust_remote_code, attn_implementation=model.attn_implementation
+        )
 
 
 def base_identity(recipe: Recipe) -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from toolkit import adapter, chat, dpo, model, sft
+from toolkit import adapter, chat, dpo, model, prefix, sft
 from toolkit import data as data_module
 from toolkit.data import Counts
 from toolkit.errors import ModelError, RunError
@@ -113,6 +113,14 @@ def _stage_lines(job: StageJob, state: str) -> list[str]:
         f"batch {plan.batch_size(job.hardware)}, learning rate {plan.trainer['learning_rate']:g}"
         + (f", beta {plan.trainer['beta']:g}" if plan.type == "dpo" else "")
     )
+    if plan.type == "dpo":
+        how = (
+            f"run twice, {job.no_sharing}"
+            if job.no_sharing
+            else "run once for each pair, if a check on the model passes"
+        )
+        source = "once, kept for later runs" if plan.reference_from == "cached" else "on every step"
+        lines.append(f"  speed      prompts {how}; reference log-probs computed {source}")
     lines.append(f"  adapter    {job.trainable:,} trainable parameters" + _lora_text(plan))
     return lines
 
@@ -166,6 +174,7 @@ def _job(prepared: Prepared, plan: StagePlan, run: RunDirectory, empty: Any) -> 
         steps=optimizer_steps(data.steps_rows, plan, hardware),
         trainable=trainable,
         digest=digest,
+        no_sharing=prefix.reason_against(empty) if plan.prefix_sharing else "prefix_sharing is false",
     )
     (sft if plan.type == "sft" else dpo).arguments(job)  # a value that TRL refuses is found before anything is trained
     return job

@@ -93,6 +93,7 @@ def compute_reference(
             say(f"{job.plan.name}: reference, {job.plan.reference}")
             start = _start_logps(job)
             built = dpo.build(job, model.load_base(job.recipe, job.hardware))
+            dpo.share_prompts(job, built)
             dpo.prove(job, built, start)
             dpo.take_reference(job, built)
             filled.append(job.plan.name)
@@ -149,6 +150,8 @@ def _train_stage(job: StageJob, run: RunDirectory) -> tuple[Path, dict[str, Any]
     base = model.load_base(job.recipe, job.hardware)
     built: Any = sft.build(job, base) if plan.type == "sft" else dpo.build(job, base)
     if start is not None:
+        record["prefix_sharing"] = dpo.share_prompts(job, built)
+        say(f"  prefix sharing {record['prefix_sharing']}")
         proven = dpo.prove(job, built, start)
         record["proof"] = proven.as_dict()
         say(f"  proof: {proven}")
