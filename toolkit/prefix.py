@@ -357,4 +357,4 @@ def _relative(hidden: torch.Tensor, plain: torch.Tensor) -> float:
 def _least_tolerance(model: Any) -> float:
     """By the coarsest type among the weights."""
     types = {parameter.dtype for parameter in model.parameters()} & LEAST_TOLERANCE.keys()
-    return max(LEAST_TOLERANCE[dtype] for dtype in types)
+    return max((LEAST_TOLERANCE[dtype] for dtype in types), default=LEAST_TOLERANCE[torch.float32])

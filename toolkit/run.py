@@ -155,7 +155,9 @@ def _train_stage(job: StageJob, run: RunDirectory) -> tuple[Path, dict[str, Any]
         proven = dpo.prove(job, built, start)
         record["proof"] = proven.as_dict()
         say(f"  proof: {proven}")
+        asked = time.monotonic()
         dpo.take_reference(job, built)
+        record["reference_seconds"] = time.monotonic() - asked
     if state.is_main_process:
         run.begin(plan.name, job.digest)
     state.wait_for_everyone()
