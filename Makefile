@@ -1,6 +1,7 @@
 # make quickstart   install, then train base -> SFT -> DPO on two cores in about half a minute
 # make test         install, then run the whole test suite
 # make lint         install, then ruff and mypy
+# make bench        install, then the toolkit against plain TRL on this machine's CPU (about half an hour)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 # The models here are tiny: more threads gain little on an idle machine, and lose much on a busy one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint bench clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/toolkit train recipes/quickstart/sft_dpo_lora.yaml
@@ -21,6 +22,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
+
+bench: export OMP_NUM_THREADS = $(shell nproc)
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/bench.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -15,9 +15,10 @@ PACKAGE = Path(__file__).parent.parent / "toolkit"
 LAYERS = [
     {"errors"},
     {"fields", "recipe"},
-    {"load", "plan"},
-    {"chat", "data", "model", "adapter", "rundir", "progress", "prefix", "grouping"},
-    {"job"},
+    {"rules", "plan"},
+    {"load"},
+    {"chat", "formats", "data", "model", "adapter", "rundir", "progress", "prefix", "grouping"},
+    {"job", "prefix_check"},
     {"proof", "trainer", "cache", "packing"},
     {"reference"},
     {"sft", "dpo", "evaluate", "hub"},
@@ -52,7 +53,7 @@ def test_imports_point_down_or_sideways_without_circles(file: Path) -> None:
     assert ours & set().union(*LAYERS) <= allowed
 
 
-@pytest.mark.parametrize("module", sorted(set().union(*LAYERS[:3])))
+@pytest.mark.parametrize("module", sorted(set().union(*LAYERS[:4])))
 def test_the_lower_layers_import_nothing_heavy(module: str) -> None:
     assert not {name.split(".")[0] for name in imports(PACKAGE / f"{module}.py")} & HEAVY
 

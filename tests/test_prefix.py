@@ -15,7 +15,8 @@ from tests.tiny import SMALL, make_base, make_tokenizer
 from toolkit.adapter import StackedModel
 from toolkit.dpo import PairTrainer
 from toolkit.model import _keep_4bit_weights
-from toolkit.prefix import PairCollator, reason_against, self_check, share_prefix
+from toolkit.prefix import PairCollator, share_prefix
+from toolkit.prefix_check import reason_against, self_check
 
 NAMES = ("loss", "grad_norm", "num_tokens", "rewards/margins", "logps/chosen", "logps/rejected", "entropy")
 

@@ -9,13 +9,14 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
-from toolkit import adapter, prefix, proof, reference, trainer
+from toolkit import adapter, prefix, prefix_check, proof, reference, trainer
 from toolkit.grouping import LengthGrouped
 from toolkit.job import StageJob
 from toolkit.plan import StagePlan
 from toolkit.progress import say
 
 PROOF_ROWS = 4
+CHECKED_PAIRS = 2
 
 
 class PairTrainer(DPOTrainer):
@@ -108,9 +109,11 @@ def share_prompts(job: StageJob, built: PairTrainer) -> str:
     """
     if not job.plan.prefix_sharing:
         return "off, as the recipe asks"
+    if built.is_fsdp_enabled or built.is_deepspeed_enabled:
+        return "off: a sharded model cannot be checked before training"
     collator = prefix.PairCollator(built.processing_class.pad_token_id, built.args.max_length)
-    reason = prefix.reason_against(built.model)
-    check = None if reason else prefix.self_check(built.model, _first_rows(job), collator)
+    reason = prefix_check.reason_against(built.model)
+    check = None if reason else prefix_check.self_check(built.model, _first_rows(job)[:CHECKED_PAIRS], collator)
     decided: list[Any] = [reason, check]
     broadcast_object_list(decided, from_process=0)  # ranks that round differently must not choose differently
     reason, check = decided

@@ -9,8 +9,9 @@ from peft import PeftModel
 from transformers import GenerationConfig
 
 from toolkit import chat, model
-from toolkit.data import load_source, prompt_of
+from toolkit.data import load_source
 from toolkit.errors import DataError
+from toolkit.formats import prompt_of
 from toolkit.plan import Hardware
 from toolkit.recipe import Evaluate, Recipe, Score
 

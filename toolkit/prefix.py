@@ -6,31 +6,16 @@ Without the hooks a model fails on such a batch: its `position_ids` are those of
 """
 
 import inspect
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from toolkit.chat import first_line
-
 IDS, LENGTHS = "pair_ids", "pair_lengths"
-ATTENTION = ("sdpa", "eager", "flex_attention")
-LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
-
-# The self-check allows a few times what padding alone changes on the plain path. At least this, by the coarsest type of
-# the weights, since keys in another order round differently even where padding happens to change nothing; and at most
-# that, since the plain path of a model that chooses its keys by itself can differ from itself by more than its norm.
-NOISE_FACTOR = 4
-LEAST_TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-MOST_TOLERANCE = 0.1
-ODD_PADDING = 17  # columns; a multiple of the vector width often changes no rounding at all
-LONGEST_WINDOW_TO_FILL = 1024  # tokens; beyond it the check has the real rows only
 
 
 @dataclass(frozen=True)
@@ -82,7 +67,7 @@ class PrefixSharing:
     """The hooks on a backbone, from `share_prefix`; `remove` takes them off, as does the end of a `with` block."""
 
     def __init__(self, backbone: torch.nn.Module):
-        self._packed: _Packed | None = None
+        self._packed: Packed | None = None
         self._hooks = (
             backbone.register_forward_pre_hook(self._pack, with_kwargs=True),
             backbone.register_forward_hook(self._unpack, always_call=True),
@@ -102,7 +87,7 @@ class PrefixSharing:
         self._packed = None
         if IDS not in kwargs:
             return None
-        packed = _Packed(kwargs)
+        packed = Packed(kwargs)
         inputs = {name: value for name, value in kwargs.items() if name not in (IDS, LENGTHS)}
         inputs |= {"input_ids": kwargs[IDS], "attention_mask": _attention_masks(backbone, packed)}
         self._packed = packed
@@ -125,93 +110,10 @@ def share_prefix(model: Any) -> PrefixSharing:
     Any other call, `generate` included, passes through unchanged. Dropout, which TRL turns off, would be drawn once for
     both rows of a pair. Whether this model can share prefixes is not asked here: see `reason_against`, `self_check`.
     """
-    return PrefixSharing(_backbone(model))
+    return PrefixSharing(backbone_of(model))
 
 
-def reason_against(model: Any) -> str | None:
-    """Why prefix sharing would be wrong for `model`, as one sentence; `None` where nothing is known against it."""
-    causal, backbone = _causal(model), _backbone(model)
-    config, name = causal.config, causal.config.model_type
-    adapters = list(model.peft_config.values()) if isinstance(model, PeftModel) else []
-    attention = config._attn_implementation
-    other_layers = sorted(set(getattr(config, "layer_types", None) or ()) - set(LAYER_TYPES))
-    reasons = {
-        "the adapter puts virtual tokens before the prompt": any(a.is_prompt_learning for a in adapters),
-        "the adapter is an activated LoRA, which looks for its invocation tokens in whole rows": any(
-            getattr(a, "alora_invocation_tokens", None) for a in adapters
-        ),
-        f"{name} is an encoder-decoder": config.is_encoder_decoder,
-        f"{name} is made of several models": config.get_text_config() is not config,
-        f"attention {attention!r} takes no mask of ours, only {', '.join(ATTENTION)} do": attention not in ATTENTION,
-        f"{name} has no backbone apart from its language model head": backbone is causal,
-        f"{name} carries a state from token to token": causal._is_stateful,
-        f"{name} has layers of another kind than attention over tokens: {', '.join(other_layers)}": other_layers,
-        f"{name} takes no position_ids": "position_ids" not in inspect.signature(type(backbone).forward).parameters,
-        f"{name} uses ALiBi, which takes columns for positions": getattr(config, "alibi", False),
-        f"{name} windows its local attention by columns": "local" in (getattr(config, "attention_layers", None) or ()),
-        f"{name} selects the keys to attend to by itself": getattr(config, "index_topk", None),
-        f"{name} scales its attention by columns": getattr(config, "attn_temperature_tuning", False),
-    }
-    return next((reason for reason, against in reasons.items() if against), None)
-
-
-@dataclass(frozen=True)
-class Check:
-    """The shared path against the plain one: the norm of what differs, as a part of the norm of the hidden states."""
-
-    difference: float
-    tolerance: float
-    unreached: int | None = None
-    """A window, in tokens, that no row of the check was longer than."""
-    refusal: str = ""
-    """What the model raised when it was given packed rows."""
-
-    @property
-    def passed(self) -> bool:
-        return self.difference <= self.tolerance
-
-    def __str__(self) -> str:
-        if self.refusal:
-            return f"the model does not run packed rows: {self.refusal}"
-        verdict = "at most" if self.passed else "more than"
-        limit = f"; a window of {self.unreached} tokens was not reached" if self.unreached else ""
-        return f"hidden states differ by {self.difference:.1e}, {verdict} the {self.tolerance:.1e} allowed{limit}"
-
-
-@torch.no_grad()
-def self_check(model: Any, rows: list[dict[str, Any]], collator: PairCollator) -> Check:
-    """Run a few pairs through the backbone as it is loaded, on both paths, and compare the completions' hidden states.
-
-    A pair of random tokens, longer than any window that is not too long for that, is added to `rows`. Adapters act as
-    they are; the model is in evaluation mode meanwhile.
-    """
-    windows = [window for window in _windows(_backbone(model)).values() if window]
-    if collator.max_length:  # a window that no row is longer than hides nothing
-        windows = [window for window in windows if window < collator.max_length]
-    rows = [_random_pair(_backbone(model).config.vocab_size, windows, collator.max_length), *rows]
-    batch = {name: tensor.to(model.device) for name, tensor in collator(rows).items()}
-    real = batch["completion_mask"].bool()
-    real[:, 0] = True  # a token as well: the last one of the prompt
-    was_training = model.training
-    model.eval()
-    try:
-        # the padded path last: dynamic rotary embeddings keep the frequencies of the longest row they have seen
-        shared = _shared_hidden(model, batch)
-        plain, padded = (_plain_hidden(model, batch, extra)[real] for extra in (0, ODD_PADDING))
-    finally:
-        model.train(was_training)
-    if isinstance(shared, str):
-        return Check(math.inf, 0.0, refusal=shared)
-    longest = int(batch["attention_mask"].sum(1).max())
-    noise = NOISE_FACTOR * _relative(padded, plain)
-    return Check(
-        difference=_relative(shared[real], plain),
-        tolerance=min(max(noise, _least_tolerance(model)), MOST_TOLERANCE),
-        unreached=next((window for window in windows if window >= longest), None),
-    )
-
-
-class _Packed:
+class Packed:
     """Rows of prompt + chosen + rejected + padding, and the shapes that TRL expects back."""
 
     def __init__(self, batch: dict[str, torch.Tensor]):
@@ -245,7 +147,7 @@ class _Packed:
         return packed[pairs[:, None], columns.clamp(max=self.columns - 1)]
 
 
-def _attention_masks(backbone: Any, packed: _Packed) -> Any:
+def _attention_masks(backbone: Any, packed: Packed) -> Any:
     """What the backbone takes as its mask: one by layer type where it tests for a dict, else a single one."""
     build = ALL_MASK_ATTENTION_FUNCTIONS[backbone.config._attn_implementation]
     masks = {
@@ -259,12 +161,12 @@ def _attention_masks(backbone: Any, packed: _Packed) -> Any:
             dtype=backbone.get_input_embeddings().weight.dtype,
             device=packed.lengths.device,
         )
-        for kind, window in _windows(backbone).items()
+        for kind, window in windows_of(backbone).items()
     }
     return masks if _takes_masks_by_type(backbone) else masks.popitem()[1]
 
 
-def _visible(packed: _Packed, kind: str, window: int | None) -> Callable[..., torch.Tensor]:
+def _visible(packed: Packed, kind: str, window: int | None) -> Callable[..., torch.Tensor]:
     """A mask function: causal, no completion sees the other, and windows and chunks go by position, not by column.
 
     Padding sees the prompt and other padding, since a row of attention that sees nothing is NaN.
@@ -282,7 +184,7 @@ def _visible(packed: _Packed, kind: str, window: int | None) -> Callable[..., to
     return visible
 
 
-def _windows(backbone: Any) -> dict[str, int | None]:
+def windows_of(backbone: Any) -> dict[str, int | None]:
     """The kinds of attention in the model, each with its window or chunk in tokens."""
     config = backbone.config
     if _takes_masks_by_type(backbone):
@@ -303,12 +205,12 @@ def _forward_names(backbone: Any) -> tuple[str, ...]:
     return inspect.unwrap(type(backbone).forward).__code__.co_names
 
 
-def _causal(model: Any) -> Any:
+def causal_of(model: Any) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def _backbone(model: Any) -> Any:
-    return _causal(model).base_model
+def backbone_of(model: Any) -> Any:
+    return causal_of(model).base_model
 
 
 def _positions(prompt: int, chosen: int, rejected: int) -> list[int]:
@@ -317,44 +219,3 @@ def _positions(prompt: int, chosen: int, rejected: int) -> list[int]:
 
 def _padded(rows: list[list[int]], value: int) -> torch.Tensor:
     return pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True, padding_value=value)
-
-
-def _shared_hidden(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor | str:
-    """Hidden states `(2 * batch, 1 + completion, hidden)`, or what the model raised."""
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids", IDS, LENGTHS)}
-    try:
-        with share_prefix(model):
-            return _backbone(model)(**inputs, use_cache=False).last_hidden_state
-    except Exception as error:  # of any type: what a model makes of inputs that it was not written for
-        return f"{type(error).__name__}: {first_line(error)}"
-
-
-def _plain_hidden(model: Any, batch: dict[str, torch.Tensor], extra: int) -> torch.Tensor:
-    """The same hidden states, from whole rows with `extra` columns of padding."""
-    packed = _Packed(batch)
-    hidden = _backbone(model)(
-        input_ids=pad(packed.whole_rows(batch[IDS]), (0, extra)),
-        attention_mask=pad(batch["attention_mask"], (0, extra)),
-        use_cache=False,
-    ).last_hidden_state
-    rows = torch.arange(len(hidden), device=hidden.device)
-    return hidden[rows[:, None], packed.places().clamp(max=packed.row_columns - 1)]
-
-
-def _random_pair(vocabulary: int, windows: list[int], max_length: int | None) -> dict[str, list[int]]:
-    chosen, rejected = 9, 13
-    prompt = max([window + 1 for window in windows if window <= LONGEST_WINDOW_TO_FILL], default=16)
-    prompt = prompt if max_length is None else max(min(prompt, max_length - rejected), 1)
-    seeded = torch.Generator().manual_seed(0)
-    sizes = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
-    return {name: torch.randint(vocabulary, (size,), generator=seeded).tolist() for name, size in sizes.items()}
-
-
-def _relative(hidden: torch.Tensor, plain: torch.Tensor) -> float:
-    return ((hidden.float() - plain.float()).norm() / plain.float().norm()).item()
-
-
-def _least_tolerance(model: Any) -> float:
-    """By the coarsest type among the weights."""
-    types = {parameter.dtype for parameter in model.parameters()} & LEAST_TOLERANCE.keys()
-    return max((LEAST_TOLERANCE[dtype] for dtype in types), default=LEAST_TOLERANCE[torch.float32])

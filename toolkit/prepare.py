@@ -7,7 +7,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from toolkit import adapter, chat, dpo, model, prefix, sft
+from toolkit import adapter, chat, dpo, model, prefix_check, sft
 from toolkit import data as data_module
 from toolkit.data import Counts
 from toolkit.errors import ModelError, RunError
@@ -174,7 +174,7 @@ def _job(prepared: Prepared, plan: StagePlan, run: RunDirectory, empty: Any) -> 
         steps=optimizer_steps(data.steps_rows, plan, hardware),
         trainable=trainable,
         digest=digest,
-        no_sharing=prefix.reason_against(empty) if plan.prefix_sharing else "prefix_sharing is false",
+        no_sharing=prefix_check.reason_against(empty) if plan.prefix_sharing else "prefix_sharing is false",
     )
     (sft if plan.type == "sft" else dpo).arguments(job)  # a value that TRL refuses is found before anything is trained
     return job

@@ -10,7 +10,7 @@ from trl import SFTConfig, SFTTrainer
 from toolkit import adapter, packing, trainer
 from toolkit.errors import ModelError
 from toolkit.job import StageJob
-from toolkit.prefix import reason_against
+from toolkit.prefix_check import reason_against
 
 
 def arguments(job: StageJob, **own: Any) -> SFTConfig:
