@@ -134,6 +134,20 @@ def test_file_types_give_the_same_rows(rows_of: Any, tmp_path: Path) -> None:
     assert len(digests) == 1
 
 
+def test_csv_cells_are_text(rows_of: Any, tmp_path: Path) -> None:
+    (tmp_path / "r.csv").write_text("prompt,completion\nwhat is it,42\nand now,NA\nand then,\n")
+    data = rows_of(tmp_path / "r.csv")
+    assert [text(data, row)[1] for row in (0, 1)] == ["42<|im_end|>", "NA<|im_end|>"]
+    assert data.counts.dropped == {"empty answer": 1}
+
+
+def test_an_answer_that_is_not_text_is_named(rows_of: Any) -> None:
+    with pytest.raises(
+        toolkit.DataError, match="row 0: cannot be read as this format: expected text or messages, found 42"
+    ):
+        rows_of([{"prompt": Q, "completion": 42}])
+
+
 def test_lost_rows_are_counted(rows_of: Any) -> None:
     long = {"role": "user", "content": "sun " * 60}
     sft = [{"prompt": [p], "completion": [c]} for p, c in ((USER, ASSISTANT), (long, ASSISTANT))]

@@ -177,6 +177,12 @@ def test_reference_is_a_step_of_its_own(
     assert "reference: 12 training pairs from the cache" in capsys.readouterr().out
 
 
+def test_reference_on_the_base_comes_before_everything_else(recipe: dict[str, Any], write: Any, tmp_path: Path) -> None:
+    file = write({**recipe, "stages": recipe["stages"][1:]})
+    assert toolkit.compute_reference(file, output=tmp_path / "run") == ["dpo"]
+    assert toolkit.train(file, output=tmp_path / "run").adapter is not None
+
+
 def test_sft_has_no_reference(recipe: dict[str, Any], write: Any) -> None:
     recipe["stages"][0]["reference"] = "online"
     with pytest.raises(toolkit.RecipeError, match=r"stages\[0\].reference: is for dpo stages"):

@@ -81,6 +81,18 @@ def test_a_stage_on_a_parent_that_was_replaced_runs_again(train: Any, tmp_path: 
     assert rerun(before, stamps(train())) == ["dpo"]
 
 
+def test_an_unfinished_attempt_never_takes_the_place_of_a_result(train: Any, tmp_path: Path) -> None:
+    """The result before last is kept while a changed stage is interrupted and started again."""
+    from toolkit.rundir import RunDirectory
+
+    train(stage="sft")
+    run = RunDirectory(tmp_path / "run")
+    run.begin("sft", "changed", resume=False)
+    run.begin("sft", "changed again", resume=False)
+    assert (tmp_path / "run" / "sft.previous" / "stage.json").exists()
+    assert not run.started("sft", "changed")
+
+
 def command(file: Path, output: Path) -> list[str]:
     return [sys.executable, "-m", "toolkit", "train", str(file), "--output", str(output)]
 

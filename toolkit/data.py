@@ -1,5 +1,6 @@
 """Data sources to token ids: load, draw, recognise, convert, tokenize, count. Nothing is dropped silently."""
 
+import csv
 import difflib
 import hashlib
 import random
@@ -116,12 +117,25 @@ def _load(source: Source, where: str) -> Dataset:
     name, files = (builder, source.path) if builder and path.is_file() else (source.path, source.data_files)
     try:
         rows = datasets.load_dataset(
-            name, name=source.name, data_files=files, split=source.split, revision=source.revision
+            name,
+            name=source.name,
+            data_files=files,
+            split=source.split,
+            revision=source.revision,
+            **(_as_text(path) if name == "csv" else {}),
         )
     except Exception as error:  # every builder raises its own; all of them mean that this source cannot be read
         cause = error.__cause__ or error
         raise DataError(f"{where}: {source.path!r} cannot be read: {chat.first_line(cause)}") from error
     return rows
+
+
+def _as_text(path: Path) -> dict[str, Any]:
+    """CSV has no types: an answer "42" is text, and so is "NA"."""
+    with path.open(newline="", encoding="utf-8") as stream:
+        names = next(csv.reader(stream), [])
+    features = datasets.Features({name: datasets.Value("string") for name in names})
+    return {"features": features, "keep_default_na": False}
 
 
 def _nearby(path: Path) -> str:

@@ -127,4 +127,6 @@ def _system(row: Row) -> list[Row]:
 def _said(value: Any) -> bool:
     if isinstance(value, list):
         return bool(value) and _said(value[-1].get("content"))
-    return isinstance(value, str) and bool(value.strip())
+    if not isinstance(value, str | None):
+        raise TypeError(f"expected text or messages, found {value!r}")
+    return bool(value and value.strip())

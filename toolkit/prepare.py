@@ -12,7 +12,7 @@ from toolkit import data as data_module
 from toolkit.data import Counts
 from toolkit.errors import ModelError, RunError
 from toolkit.job import StageJob
-from toolkit.plan import Hardware, StagePlan, as_dict, model_dtype, quantization, stage_digest, stage_plans
+from toolkit.plan import Hardware, StagePlan, as_dict, digest, model_dtype, quantization, stage_digest, stage_plans
 from toolkit.recipe import Recipe
 from toolkit.rundir import RunDirectory
 from toolkit.trainer import last_checkpoint, optimizer_steps
@@ -57,7 +57,13 @@ def state_of(job: StageJob, run: RunDirectory, rerun: set[str]) -> str:
     if record is not None and record["digest"] == job.digest:
         same_start = job.start is None or record["start_digest"] == _digest_or_none(job.start)
         return "finished" if same_start else "new"
-    return "interrupted" if run.started(name, job.digest) and last_checkpoint(job.folder / "checkpoints") else "new"
+    resumable = run.started(name, attempt_key(job)) and last_checkpoint(job.folder / "checkpoints")
+    return "interrupted" if resumable else "new"
+
+
+def attempt_key(job: StageJob) -> str:
+    """What an interrupted stage must have been working on to be resumed: its settings, and the very adapter it had."""
+    return digest([job.digest, _digest_or_none(job.start) if job.start else None])
 
 
 def resolved(prepared: Prepared) -> dict[str, Any]:
@@ -114,11 +120,7 @@ def _stage_lines(job: StageJob, state: str) -> list[str]:
         + (f", beta {plan.trainer['beta']:g}" if plan.type == "dpo" else "")
     )
     if plan.type == "dpo":
-        how = (
-            f"run twice, {job.no_sharing}"
-            if job.no_sharing
-            else "run once for each pair, if a check on the model passes"
-        )
+        how = f"run twice: {job.no_sharing}" if job.no_sharing else "run once for each pair (checked on the model)"
         source = "once, kept for later runs" if plan.reference_from == "cached" else "on every step"
         lines.append(f"  speed      prompts {how}; reference log-probs computed {source}")
     lines.append(f"  adapter    {job.trainable:,} trainable parameters" + _lora_text(plan))
@@ -152,7 +154,7 @@ def _job(prepared: Prepared, plan: StagePlan, run: RunDirectory, empty: Any) -> 
     start = run.adapter(plan.start) if parent else _external_adapter(recipe, plan)
     trainable = _trainable(recipe, plan, empty, parent, start)
     data = data_module.prepare(recipe, plan, prepared.tokenizer)
-    digest = stage_digest(
+    key = stage_digest(
         plan,
         base=prepared.base,
         dtype=model_dtype(recipe, hardware),
@@ -173,7 +175,7 @@ def _job(prepared: Prepared, plan: StagePlan, run: RunDirectory, empty: Any) -> 
         folder=run.folder(plan.name),
         steps=optimizer_steps(data.steps_rows, plan, hardware),
         trainable=trainable,
-        digest=digest,
+        digest=key,
         no_sharing=prefix_check.reason_against(empty) if plan.prefix_sharing else "prefix_sharing is false",
     )
     (sft if plan.type == "sft" else dpo).arguments(job)  # a value that TRL refuses is found before anything is trained

@@ -13,7 +13,7 @@ from toolkit import adapter, dpo, evaluate, hub, model, proof, sft, trainer
 from toolkit.errors import ProofError
 from toolkit.job import StageJob
 from toolkit.load import load_recipe
-from toolkit.prepare import Prepared, check_parents, plan_text, prepare, resolved, state_of
+from toolkit.prepare import Prepared, attempt_key, check_parents, plan_text, prepare, resolved, state_of
 from toolkit.progress import say
 from toolkit.recipe import Recipe
 from toolkit.rundir import RunDirectory, default_output, storage, write_json
@@ -59,11 +59,10 @@ def train(
     if recipe.evaluate is not None:
         evaluate.held_out_rows(recipe)  # a column missing there should not be found after hours of training
     say(plan_text(prepared, states) + "\n")
-    if PartialState().is_main_process:
-        run.record(recipe, resolved(prepared))
+    _record(prepared, run)
     for job in prepared.jobs:
         if states[job.plan.name] != "finished" and stage in (None, job.plan.name):
-            _run_stage(job, run)
+            _run_stage(job, run, resume=states[job.plan.name] == "interrupted")
     return _deliver(prepared, run)
 
 
@@ -86,6 +85,7 @@ def compute_reference(
     """
     prepared, run = _prepared(recipe, output, overrides)
     states = _states(prepared, run, None, False)
+    _record(prepared, run)
     filled = []
     for job in prepared.jobs:
         if job.plan.reference_from == "cached":
@@ -110,6 +110,11 @@ def _prepared(
     return prepare(recipe, run), run
 
 
+def _record(prepared: Prepared, run: RunDirectory) -> None:
+    if PartialState().is_main_process:
+        run.record(prepared.recipe, resolved(prepared))
+
+
 def _states(prepared: Prepared, run: RunDirectory, only: str | None, fresh: bool) -> dict[str, str]:
     states: dict[str, str] = {}
     rerun: set[str] = set()
@@ -122,11 +127,11 @@ def _states(prepared: Prepared, run: RunDirectory, only: str | None, fresh: bool
     return states
 
 
-def _run_stage(job: StageJob, run: RunDirectory) -> None:
+def _run_stage(job: StageJob, run: RunDirectory, resume: bool) -> None:
     """Train, save, reload on a fresh base, compare; only then is the stage called finished."""
     plan, began = job.plan, time.monotonic()
     say(f"{plan.name}: {plan.type}")
-    partial, record = _train_stage(job, run)
+    partial, record = _train_stage(job, run, resume)
     trainer.release()
     state = PartialState()
     if state.is_main_process:
@@ -141,7 +146,7 @@ def _run_stage(job: StageJob, run: RunDirectory) -> None:
     state.wait_for_everyone()
 
 
-def _train_stage(job: StageJob, run: RunDirectory) -> tuple[Path, dict[str, Any]]:
+def _train_stage(job: StageJob, run: RunDirectory, resume: bool) -> tuple[Path, dict[str, Any]]:
     plan, state = job.plan, PartialState()
     record: dict[str, Any] = {"name": plan.name, "type": plan.type, "digest": job.digest, "start": plan.start}
     record |= {"policy": plan.policy, "reference": plan.reference, "steps": job.steps}
@@ -159,7 +164,7 @@ def _train_stage(job: StageJob, run: RunDirectory) -> tuple[Path, dict[str, Any]
         dpo.take_reference(job, built)
         record["reference_seconds"] = time.monotonic() - asked
     if state.is_main_process:
-        run.begin(plan.name, job.digest)
+        run.begin(plan.name, attempt_key(job), resume)
     state.wait_for_everyone()
     record["metrics"] = trainer.fit(built, job)
     record["trainer_args"] = built.args.to_dict()

@@ -65,27 +65,29 @@ class RunDirectory:
         """The stage's `stage.json`, or `None` where it has not finished."""
         return read_json(self.folder(stage) / STAGE)
 
-    def started(self, stage: str, digest: str) -> bool:
-        """Whether an unfinished attempt at exactly this stage lies there, to be resumed."""
+    def started(self, stage: str, key: str) -> bool:
+        """Whether an unfinished attempt under exactly this key lies there, to be resumed."""
         begun = read_json(self.folder(stage) / STARTED)
-        return self.finished(stage) is None and begun is not None and begun.get("digest") == digest
+        return self.finished(stage) is None and begun is not None and begun.get("key") == key
 
-    def begin(self, stage: str, digest: str) -> Path:
-        """The folder to train in: that of an interrupted attempt, or an empty one; an older result is kept aside."""
+    def begin(self, stage: str, key: str, resume: bool) -> Path:
+        """The folder to train in: as an interrupted attempt left it, or empty, with an older result kept aside."""
         folder = self.folder(stage)
         with storage(self.path):
-            if not self.started(stage, digest):
+            if not resume:
                 self.set_aside(stage)
             folder.mkdir(exist_ok=True)
-            write_json(folder / STARTED, {"digest": digest})
+            write_json(folder / STARTED, {"key": key})
         return folder
 
     def set_aside(self, stage: str) -> None:
-        """Move what a stage left behind to `STAGE.previous`, in place of what was there."""
+        """Move a finished stage to `STAGE.previous`, in place of what was there; remove an unfinished one."""
         folder, previous = self.folder(stage), self.path / f"{stage}.previous"
-        if (folder / STAGE).exists() or (folder / STARTED).exists():
+        if self.finished(stage) is not None:
             shutil.rmtree(previous, ignore_errors=True)
             folder.rename(previous)
+        elif folder.exists():
+            shutil.rmtree(folder)
 
     def finish(self, stage: str, adapter: Path, record: dict[str, Any]) -> None:
         """Take a verified adapter in, and mark the stage as finished."""
