@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import toolkit
 from tests.conftest import WORDS, write_jsonl
+from tests.tiny import make_base
 
 
 @pytest.fixture
@@ -42,6 +43,27 @@ def test_the_table_is_what_plain_transformers_says(
     share = sum(word[0] in answer for word, answer in zip(WORDS[:9], answers, strict=True)) / 9
     assert result.evaluation["scores"]["answer"]["dpo"] == pytest.approx(share)
     assert list(result.evaluation["scores"]["short"]) == ["base", "sft", "dpo"]
+
+
+def test_a_broken_regex_is_found_at_once(with_evaluation: dict[str, Any], write: Any) -> None:
+    with_evaluation["evaluate"]["scores"]["short"]["regex"] = "(a"
+    with pytest.raises(
+        toolkit.RecipeError, match=r"evaluate.scores.short: '\(a' is not a regular expression: missing \)"
+    ):
+        toolkit.load_recipe(write(with_evaluation))
+
+
+def test_messages_without_a_template_are_found_before_training(
+    with_evaluation: dict[str, Any], write: Any, tmp_path: Path
+) -> None:
+    rows = [{"prompt": [{"role": "user", "content": "what"}], "answer": "x"}]
+    with_evaluation["evaluate"]["data"] = str(write_jsonl(tmp_path / "held.jsonl", rows))
+    with_evaluation["model"]["name_or_path"] = str(make_base(tmp_path / "bare", chat_template=None))
+    texts = [{"text": word} for word in WORDS]
+    with_evaluation["stages"] = [{"type": "sft", "data": str(write_jsonl(tmp_path / "texts.jsonl", texts))}]
+    with pytest.raises(toolkit.ModelError, match="the prompts are messages and there is no chat template"):
+        toolkit.train(write(with_evaluation), output=tmp_path / "run")
+    assert not (tmp_path / "run" / "sft").exists()
 
 
 def test_a_missing_column_is_found_before_training(with_evaluation: dict[str, Any], write: Any, tmp_path: Path) -> None:

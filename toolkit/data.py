@@ -48,7 +48,6 @@ class StageData:
     eval_counts: Counts | None
     steps_rows: int
     digest: str
-    revisions: dict[str, str]
 
 
 def prepare(recipe: Recipe, plan: StagePlan, tokenizer: Any) -> StageData:
@@ -70,7 +69,6 @@ def prepare(recipe: Recipe, plan: StagePlan, tokenizer: Any) -> StageData:
         eval_counts=eval_counts,
         steps_rows=_rows_after_packing(train, plan),
         digest=content_digest(train) + (content_digest(eval_rows) if eval_rows else ""),
-        revisions={s.path: s.revision for s in (*stage.data, *stage.eval_data) if s.revision},
     )
 
 

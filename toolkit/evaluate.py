@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from toolkit import chat, model
 from toolkit.data import load_source
-from toolkit.errors import DataError
+from toolkit.errors import DataError, ModelError
 from toolkit.formats import prompt_of
 from toolkit.plan import Hardware
 from toolkit.recipe import Evaluate, Recipe, Score
@@ -32,7 +32,7 @@ def evaluate(recipe: Recipe, hardware: Hardware, tokenizer: Any, adapters: dict[
     """
     assert recipe.evaluate is not None
     settings = recipe.evaluate
-    rows = held_out_rows(recipe)
+    rows = held_out_rows(recipe, tokenizer)
     prompts = [prompt_of(row) for row in rows]
     answers = _answers(recipe, hardware, tokenizer, adapters, prompts)
     scores = {
@@ -46,11 +46,12 @@ def evaluate(recipe: Recipe, hardware: Hardware, tokenizer: Any, adapters: dict[
     return {"prompts": len(rows), "max_new_tokens": settings.max_new_tokens, "scores": scores, "samples": samples}
 
 
-def held_out_rows(recipe: Recipe) -> list[dict[str, Any]]:
-    """The rows of the recipe's `evaluate` section, checked for the columns it needs.
+def held_out_rows(recipe: Recipe, tokenizer: Any) -> list[dict[str, Any]]:
+    """The rows of the recipe's `evaluate` section, checked for what answering and scoring them needs.
 
     Raises:
-        DataError
+        DataError: a column is missing.
+        ModelError: prompts are messages, and there is no chat template.
     """
     assert recipe.evaluate is not None
     rows: list[dict[str, Any]] = []
@@ -64,6 +65,10 @@ def held_out_rows(recipe: Recipe) -> list[dict[str, Any]]:
         if missing:
             found = ", ".join(loaded.column_names)
             raise DataError(f"{where}: no column {', '.join(missing)}; found columns {found}")
+        if isinstance(prompt_of(loaded[0]), list) and not tokenizer.chat_template:
+            raise ModelError(
+                f"{where}: the prompts are messages, and there is no chat template; set model.chat_template"
+            )
         rows += list(loaded)
     return rows
 

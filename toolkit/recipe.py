@@ -4,6 +4,7 @@
 declared again here; `toolkit.fields` checks them against the installed classes.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -113,6 +114,10 @@ class Score(Strict):
     def _exactly_one(self) -> "Score":
         if (self.column is None) == (self.regex is None):
             raise ValueError("give either column or regex")
+        try:
+            re.compile(self.regex or "")
+        except re.error as error:
+            raise ValueError(f"{self.regex!r} is not a regular expression: {error}") from None
         return self
 
 

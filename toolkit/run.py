@@ -57,7 +57,7 @@ def train(
     states = _states(prepared, run, stage, fresh)
     check_parents(prepared, states, stage)
     if recipe.evaluate is not None:
-        evaluate.held_out_rows(recipe)  # a column missing there should not be found after hours of training
+        evaluate.held_out_rows(recipe, prepared.tokenizer)  # better now than after hours
     say(plan_text(prepared, states) + "\n")
     _record(prepared, run)
     for job in prepared.jobs:
