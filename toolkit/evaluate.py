@@ -67,7 +67,7 @@ def held_out_rows(recipe: Recipe, tokenizer: Any) -> list[dict[str, Any]]:
             raise DataError(f"{where}: no column {', '.join(missing)}; found columns {found}")
         if isinstance(prompt_of(loaded[0]), list) and not tokenizer.chat_template:
             raise ModelError(
-                f"{where}: the prompts are messages, and there is no chat template; set model.chat_template"
+                f"{where}: the prompts are messages and there is no chat template; set model.chat_template"
             )
         rows += list(loaded)
     return rows
