@@ -119,6 +119,15 @@ def test_an_adapter_on_disk_is_a_start(recipe: dict[str, Any], write: Any, base:
     assert adapter.read_config(tmp_path / "run" / "adapter")["r"] == 8
 
 
+def test_a_continued_dora_adapter_cannot_be_stacked_either(recipe: dict[str, Any], write: Any, tmp_path: Path) -> None:
+    sft, dpo = recipe["stages"]
+    sft["lora"] = {"use_dora": True}
+    recipe["stages"] = [sft, {**sft, "name": "more", "adapter": "continue"}, dpo]
+    del recipe["stages"][1]["lora"]
+    with pytest.raises(toolkit.ModelError, match=r"cannot be stacked here \(use_dora"):
+        toolkit.train(write(recipe), output=tmp_path / "run")
+
+
 def test_continue_trains_an_adapter_that_cannot_be_stacked(recipe: dict[str, Any], write: Any, tmp_path: Path) -> None:
     recipe["lora"]["use_dora"] = True
     recipe["stages"][1]["adapter"] = "continue"

@@ -76,6 +76,12 @@ def answer(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> An
         ("type: dpo", "type: ppo", "recipe.yaml:14: stages[1].type: found text 'ppo', expected 'sft' or 'dpo'"),
         ("  - type: dpo", "  - adapter: continue", "recipe.yaml:14: stages[1].name: is missing"),
         ("lora:", "quantization: {{load_in_4bit: true, load_in_8bit: true}}\nlora:", "recipe.yaml:4: quantization.load_in_8bit: 8-bit and 4-bit together"),
+        ("r: 4", "r: 0", "recipe.yaml:5: lora.r: found 0, expected a rank of 1 or more"),
+        ("beta: 0.1", "beta: -0.1", "recipe.yaml:17: stages[1].trainer.beta: found -0.1, expected more than 0"),
+        ("beta: 0.1", "loss_type: sigmoid", "recipe.yaml:17: stages[1].trainer.loss_type: found 'sigmoid', expected a valid list, as in [sigmoid]"),
+        ("beta: 0.1", "gradient_accumulation_steps: 0", "recipe.yaml:17: stages[1].trainer.gradient_accumulation_steps: found 0, expected 1 or more"),
+        ("beta: 0.1", "pad_to_multiple_of: 8", "recipe.yaml:17: stages[1].trainer.pad_to_multiple_of: packed and shared rows are not padded"),
+        ("learning_rate: 1.0e-2", "packing: true\n      max_length: null", "recipe.yaml:11: stages[0].trainer.max_length: packing needs a max_length to fill"),
         ("  r: 4", "  r: 4\n  r: 8", "recipe.yaml:5: lora.r: the key stands here twice"),
     ],
 )  # fmt: skip
@@ -95,6 +101,8 @@ def test_a_defect_in_the_recipe(answer: Any, old: str, new: str, expected: str) 
         ("dtype: float32", "chat_template: chatm", "recipe.yaml:3: model.chat_template: no template is named 'chatm'"),
         ("r: 4", "target_modules: [q_prj]", "recipe.yaml:5: lora.target_modules: Target modules {{'q_prj'}} not found in the base model."),
         ("learning_rate: 1.0e-2", "lr_scheduler_type: cosin", "recipe.yaml:9: stages[0].trainer: cosin is not a valid SchedulerType"),
+        ("beta: 0.1", "report_to: tensorboard", "recipe.yaml:16: stages[1].trainer: TensorBoardCallback requires tensorboard"),
+        ("beta: 0.1", "loss_type: [sigmod]", "recipe.yaml:17: stages[1].trainer.loss_type: found 'sigmod', expected some of sigmoid, hinge"),
         ("r: 4", "use_dora: true", "recipe.yaml:14: stages[1].adapter: a new adapter cannot be stacked here (use_dora"),
     ],
 )  # fmt: skip

@@ -134,6 +134,25 @@ def test_file_types_give_the_same_rows(rows_of: Any, tmp_path: Path) -> None:
     assert len(digests) == 1
 
 
+def test_many_dropped_rows_before_the_first_kept_one(rows_of: Any) -> None:
+    rows = [{"prompt": Q, "completion": " "}] * 1200 + [{"prompt": Q, "completion": A}] * 3
+    counts = rows_of(rows).counts
+    assert (counts.rows, counts.dropped) == (3, {"empty answer": 1200})
+
+
+def test_a_byte_order_mark(rows_of: Any, tmp_path: Path) -> None:
+    (tmp_path / "r.csv").write_text(f"\ufeffprompt,completion\n{Q}, {A}\n", encoding="utf-8")
+    assert text(rows_of(tmp_path / "r.csv"))[0] == Q
+
+
+def test_tools_reach_the_template(rows_of: Any) -> None:
+    from toolkit.chat import tokenize_prompt_completion
+
+    tokenizer = make_tokenizer("{{ tools[0].name if tools }}{% for m in messages %}{{ m.content }}{% endfor %}")
+    row = {"prompt": [USER], "completion": [ASSISTANT], "tools": '[{"name": "clock"}]'}
+    assert tokenizer.decode(tokenize_prompt_completion(row, tokenizer)["input_ids"]) == f"clock{Q}{A}"
+
+
 def test_csv_cells_are_text(rows_of: Any, tmp_path: Path) -> None:
     (tmp_path / "r.csv").write_text("prompt,completion\nwhat is it,42\nand now,NA\nand then,\n")
     data = rows_of(tmp_path / "r.csv")

@@ -16,6 +16,7 @@ from tests.tiny import make_base
 @pytest.fixture
 def with_evaluation(recipe: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     rows = [{"prompt": f"what is {word}", "answer": word[0]} for word in WORDS[:9]]
+    recipe["stages"][1]["name"] = "dpo-0.1"
     recipe["evaluate"] = {
         "data": str(write_jsonl(tmp_path / "held.jsonl", rows)),
         "max_new_tokens": 8,
@@ -39,10 +40,10 @@ def test_the_table_is_what_plain_transformers_says(
         ids = tokenizer(f"what is {word}", return_tensors="pt")
         out = model.generate(**ids, max_new_tokens=8, do_sample=False)
         answers.append(tokenizer.decode(out[0, ids.input_ids.shape[1] :], skip_special_tokens=True))
-    assert [sample["answers"]["dpo"] for sample in result.evaluation["samples"]] == answers[:3]
+    assert [sample["answers"]["dpo-0.1"] for sample in result.evaluation["samples"]] == answers[:3]
     share = sum(word[0] in answer for word, answer in zip(WORDS[:9], answers, strict=True)) / 9
-    assert result.evaluation["scores"]["answer"]["dpo"] == pytest.approx(share)
-    assert list(result.evaluation["scores"]["short"]) == ["base", "sft", "dpo"]
+    assert result.evaluation["scores"]["answer"]["dpo-0.1"] == pytest.approx(share)
+    assert list(result.evaluation["scores"]["short"]) == ["base", "sft", "dpo-0.1"]
 
 
 def test_a_broken_regex_is_found_at_once(with_evaluation: dict[str, Any], write: Any) -> None:
@@ -64,6 +65,13 @@ def test_messages_without_a_template_are_found_before_training(
     with pytest.raises(toolkit.ModelError, match="the prompts are messages and there is no chat template"):
         toolkit.train(write(with_evaluation), output=tmp_path / "run")
     assert not (tmp_path / "run" / "sft").exists()
+
+
+def test_an_empty_cell_is_found_before_training(with_evaluation: dict[str, Any], write: Any, tmp_path: Path) -> None:
+    rows = [{"prompt": "what", "answer": "x"}, {"prompt": "what", "answer": None}]
+    with_evaluation["evaluate"]["data"] = str(write_jsonl(tmp_path / "held.jsonl", rows))
+    with pytest.raises(toolkit.DataError, match=r"row 1: answer is empty; fill it in, or remove the row"):
+        toolkit.train(write(with_evaluation), output=tmp_path / "run")
 
 
 def test_a_missing_column_is_found_before_training(with_evaluation: dict[str, Any], write: Any, tmp_path: Path) -> None:

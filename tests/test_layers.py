@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,15 @@ def test_the_field_tables_are_those_of_the_installed_classes(name: str) -> None:
             default = field.default_factory()
         plain = isinstance(default, str | int | float | bool | list | dict) and type(default).__module__ == "builtins"
         assert not plain or problem_with(name, key, default) is None
+
+
+def test_the_loss_types_are_those_of_the_installed_trl() -> None:
+    from trl import DPOTrainer
+
+    from toolkit.rules import LOSS_TYPES
+
+    source = inspect.getsource(DPOTrainer._compute_loss)
+    assert sorted(LOSS_TYPES) == sorted(re.findall(r'loss_type == "(\w+)"', source))
 
 
 def test_the_quantization_fields_are_those_of_the_installed_class() -> None:

@@ -63,7 +63,7 @@ def test_changed_data_runs_again(train: Any, tmp_path: Path) -> None:
 
 
 def test_stage_and_fresh(train: Any) -> None:
-    with pytest.raises(toolkit.RunError, match="starts from sft, which is not finished"):
+    with pytest.raises(toolkit.RunError, match="starts from sft, which is not finished with these settings"):
         train(stage="dpo")
     first = train(stage="sft")
     assert (list(first.stages), first.adapter) == (["sft"], None)
@@ -163,3 +163,55 @@ def test_the_recipe_and_what_it_resolved_to_are_kept(train: Any, recipe: dict[st
     assert resolved["recipe"]["model"]["revision"] is None
     assert resolved["dtype"] == "float32"
     assert len(resolved["base"]["sha256"]) == 64
+
+
+def test_a_stage_that_became_stale_is_not_delivered(
+    train: Any, recipe: dict[str, Any], write: Any, tmp_path: Path
+) -> None:
+    train()
+    result = toolkit.train(write(recipe), output=tmp_path / "run", stage="sft", overrides=("lora.r=2",))
+    assert (result.adapter, list(result.stages)) == (None, ["sft"])
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert (tmp_path / "run" / "dpo" / "adapter").exists()
+
+
+def test_a_second_run_in_the_same_directory_is_refused(train: Any, tmp_path: Path) -> None:
+    from toolkit.rundir import RunDirectory
+
+    train(stage="sft")
+    with (
+        RunDirectory(tmp_path / "run").held(),
+        pytest.raises(toolkit.RunError, match=rf"process {os.getpid()} on .* is at work"),
+    ):
+        train()
+    assert train().adapter is not None
+
+
+def test_ctrl_c_is_one_line_and_resumable(recipe: dict[str, Any], write: Any, tmp_path: Path) -> None:
+    for stage in recipe["stages"]:
+        stage["trainer"] |= {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 2}
+    file = write(recipe)
+    process = subprocess.Popen(
+        command(file, tmp_path / "run"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stderr is not None
+    for printed in process.stdout:
+        if printed.strip().startswith("sft 4/"):
+            process.send_signal(signal.SIGINT)
+            break
+    process.stdout.read()
+    assert "interrupted; run the same command again to resume" in process.stderr.read()
+    assert process.wait() == 130
+    assert toolkit.train(file, output=tmp_path / "run").adapter is not None
+
+
+def test_another_number_of_processes_does_not_resume(recipe: dict[str, Any], write: Any, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from toolkit.plan import Hardware
+    from toolkit.prepare import attempt_key, prepare
+    from toolkit.rundir import RunDirectory
+
+    job = prepare(toolkit.load_recipe(write(recipe)), RunDirectory(tmp_path / "run")).jobs[0]
+    assert attempt_key(job) != attempt_key(replace(job, hardware=Hardware("cpu", bf16=False, processes=2)))
+    assert attempt_key(job) == attempt_key(replace(job))

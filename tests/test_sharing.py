@@ -38,6 +38,11 @@ def test_it_is_on_and_changes_no_number(train: Any) -> None:
     torch.testing.assert_close(shared, plain, rtol=1e-5, atol=1e-5)
 
 
+def test_it_is_off_where_dropout_is_on(train: Any) -> None:
+    _, decided, _ = train("run", "lora.lora_dropout=0.5", "stages.dpo.trainer.disable_dropout=false")
+    assert decided == "off: dropout is on, and would be drawn once for both answers"
+
+
 def test_the_plan_says_why_it_is_off(train: Any, recipe: dict[str, Any], tmp_path: Path) -> None:
     base = make_base(tmp_path / "bloom", "bloom", n_layer=2, n_head=4)
     recipe["model"]["name_or_path"] = str(base)

@@ -49,7 +49,7 @@ def key(job: StageJob, rows: Dataset) -> str:
             "base": job.base,
             "quantization": quantization(job.recipe),
             "dtype": model_dtype(job.recipe, job.hardware),
-            "autocast": bool(job.plan.trainer["bf16"] or job.plan.trainer.get("fp16")),
+            "autocast": [name for name in ("bf16", "fp16") if job.plan.trainer.get(name)],
             "start": adapter.adapter_digest(job.start) if job.start else None,
             "rows": content_digest(rows.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])),
             "max_length": job.max_length,

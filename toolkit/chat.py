@@ -4,6 +4,7 @@ Prompt and completion are split as TRL 1.16 splits them (the longest common toke
 prompt + completion); a test compares the result with TRL's own trainers, token for token.
 """
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         ModelError: no tokenizer there, or no template of that name.
     """
     model = recipe.model
+    if Path(model.name_or_path).is_absolute() and not Path(model.name_or_path).is_dir():
+        raise ModelError(f"{recipe.where('model', 'name_or_path')}: no such folder: {model.name_or_path}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
@@ -62,7 +65,12 @@ def tokenize_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> Row:
 def tokenize_messages(row: Row, tokenizer: PreTrainedTokenizerBase, template: str) -> Row:
     """`{"messages"}` to `input_ids`, `labels`, each `(seq,)`; the assistant's tokens are supervised."""
     out = tokenizer.apply_chat_template(
-        row["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=True, chat_template=template
+        row["messages"],
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        chat_template=template,
+        **template_arguments(row),
     )
     ids = out["input_ids"]
     return {"input_ids": ids, "labels": _masked(ids, out["assistant_masks"])}
@@ -70,25 +78,33 @@ def tokenize_messages(row: Row, tokenizer: PreTrainedTokenizerBase, template: st
 
 def tokenize_prompt_completion(row: Row, tokenizer: PreTrainedTokenizerBase) -> Row:
     """`{"prompt", "completion"}`, both text or both messages, to `input_ids`, `labels`, each `(seq,)`."""
-    prompt, (ids,) = _prompt_and_full(row["prompt"], [row["completion"]], tokenizer)
+    prompt, (ids,) = _prompt_and_full(row, ["completion"], tokenizer)
     start = common_prefix(prompt, ids)
     return {"input_ids": ids, "labels": [IGNORED] * start + ids[start:]}
 
 
 def tokenize_preference(row: Row, tokenizer: PreTrainedTokenizerBase) -> Row:
     """`{"prompt", "chosen", "rejected"}` to `prompt_ids`, `chosen_ids`, `rejected_ids`, each `(seq,)`."""
-    prompt, (chosen, rejected) = _prompt_and_full(row["prompt"], [row["chosen"], row["rejected"]], tokenizer)
+    prompt, (chosen, rejected) = _prompt_and_full(row, ["chosen", "rejected"], tokenizer)
     start = min(common_prefix(prompt, chosen), common_prefix(prompt, rejected))
     return {"prompt_ids": prompt[:start], "chosen_ids": chosen[start:], "rejected_ids": rejected[start:]}
 
 
-def tokenize_prompt(prompt: str | list[Row], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def tokenize_prompt(prompt: str | list[Row], tokenizer: PreTrainedTokenizerBase, **arguments: Any) -> list[int]:
     """A prompt as generation sees it, `(seq,)`."""
     if isinstance(prompt, str):
         return list(tokenizer(text=prompt)["input_ids"])
-    return list(
-        tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=True, add_generation_prompt=True)["input_ids"]
+    out = tokenizer.apply_chat_template(
+        prompt, tokenize=True, return_dict=True, add_generation_prompt=True, **arguments
     )
+    return list(out["input_ids"])
+
+
+def template_arguments(row: Row) -> Row:
+    """What a row gives its template besides messages, as in TRL: `tools` (a list, or JSON), `chat_template_kwargs`."""
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    return ({"tools": tools} if tools else {}) | (row.get("chat_template_kwargs") or {})
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -117,14 +133,15 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _prompt_and_full(prompt: Any, completions: list[Any], tokenizer: Any) -> tuple[list[int], list[list[int]]]:
-    prompt_ids = tokenize_prompt(prompt, tokenizer)
+def _prompt_and_full(row: Row, sides: list[str], tokenizer: Any) -> tuple[list[int], list[list[int]]]:
+    prompt, arguments = row["prompt"], template_arguments(row)
+    prompt_ids = tokenize_prompt(prompt, tokenizer, **arguments)
     if isinstance(prompt, str):
-        return prompt_ids, [tokenizer(text=prompt + _ended(c, tokenizer))["input_ids"] for c in completions]
-    full = [
-        tokenizer.apply_chat_template(prompt + c, tokenize=True, return_dict=True)["input_ids"] for c in completions
+        return prompt_ids, [tokenizer(text=prompt + _ended(row[side], tokenizer))["input_ids"] for side in sides]
+    return prompt_ids, [
+        tokenizer.apply_chat_template(prompt + row[side], tokenize=True, return_dict=True, **arguments)["input_ids"]
+        for side in sides
     ]
-    return prompt_ids, full
 
 
 def _ended(text: str, tokenizer: PreTrainedTokenizerBase) -> str:

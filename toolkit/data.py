@@ -6,19 +6,26 @@ import hashlib
 import random
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import datasets
 from datasets import Dataset, concatenate_datasets
 
-from toolkit import chat
+from toolkit import chat, formats
 from toolkit.errors import DataError, ModelError
 from toolkit.formats import Row, recognise, to_preference, to_sft
 from toolkit.plan import StagePlan
 from toolkit.recipe import Recipe, Source
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+_TOKENS, _STATUS = datasets.List(datasets.Value("int64")), {"status": datasets.Value("string")}
+IDS = {
+    "sft": datasets.Features(dict.fromkeys(("input_ids", "labels"), _TOKENS) | _STATUS),
+    "dpo": datasets.Features(dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), _TOKENS) | _STATUS),
+}
 KEPT, TRUNCATED = "kept", "truncated"
 EMPTY, NO_ROOM, NO_ASSISTANT = "empty answer", "prompt fills max_length", "no assistant turn"
 
@@ -120,7 +127,7 @@ def _load(source: Source, where: str) -> Dataset:
             data_files=files,
             split=source.split,
             revision=source.revision,
-            **(_as_text(path) if name == "csv" else {}),
+            **(_as_text(path) if name == "csv" and path.suffix == ".csv" else {}),
         )
     except Exception as error:  # every builder raises its own; all of them mean that this source cannot be read
         cause = error.__cause__ or error
@@ -130,10 +137,10 @@ def _load(source: Source, where: str) -> Dataset:
 
 def _as_text(path: Path) -> dict[str, Any]:
     """CSV has no types: an answer "42" is text, and so is "NA"."""
-    with path.open(newline="", encoding="utf-8") as stream:
+    with path.open(newline="", encoding="utf-8-sig") as stream:
         names = next(csv.reader(stream), [])
     features = datasets.Features({name: datasets.Value("string") for name in names})
-    return {"features": features, "keep_default_na": False}
+    return {"features": features, "keep_default_na": False, "encoding": "utf-8-sig"}
 
 
 def _nearby(path: Path) -> str:
@@ -193,11 +200,23 @@ def _map(rows: Dataset, shape: str, plan: StagePlan, tokenizer: Any, where: str)
             "max_length": settings.get("max_length", 1024),
             "keep_end": settings.get("truncation_mode") == "keep_end",
             "packing": settings.get("packing", False),
+            "code": _code(),
         },
+        features=IDS[plan.type],
         remove_columns=rows.column_names,
         num_proc=settings.get("dataset_num_proc"),
         desc=f"Tokenizing {plan.name}",
     )
+
+
+@cache
+def _code() -> str:
+    """What turns rows into ids, for the cache of `datasets`, which knows functions by their names alone."""
+    sha = hashlib.sha256()
+    for module in (chat, formats):
+        sha.update(Path(str(module.__file__)).read_bytes())
+    sha.update(Path(__file__).read_bytes())
+    return sha.hexdigest() + version("transformers") + version("trl") + version("tokenizers")
 
 
 def _talks(rows: Dataset, shape: str) -> bool:
@@ -216,6 +235,7 @@ def _sft_ids(
         known = to_sft(row, shape)
         if known is None:
             return nothing | {"status": EMPTY}
+        known |= formats.for_template(row)
         if "text" in known:
             ids = chat.tokenize_text(known, tokenizer)
         elif "messages" in known and template is not None:
@@ -225,7 +245,7 @@ def _sft_ids(
                 *prompt, last = known["messages"]
                 if last["role"] != "assistant":
                     return nothing | {"status": NO_ASSISTANT}
-                known = {"prompt": prompt, "completion": [last]}
+                known |= {"prompt": prompt, "completion": [last]}
             ids = chat.tokenize_prompt_completion(known, tokenizer)
     except Exception as error:
         raise _row_error(where, index, error) from error
@@ -250,7 +270,7 @@ def _preference_ids(row: Row, index: int, *, tokenizer: Any, where: str, max_len
         known = to_preference(row)
         if known is None:
             return nothing | {"status": EMPTY}
-        ids = chat.tokenize_preference(known, tokenizer)
+        ids = chat.tokenize_preference(known | formats.for_template(row), tokenizer)
     except Exception as error:
         raise _row_error(where, index, error) from error
     prompt = len(ids["prompt_ids"])

@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
 from toolkit import adapter, prefix, prefix_check, proof, reference, trainer
+from toolkit.chat import first_line
+from toolkit.errors import ModelError
 from toolkit.grouping import LengthGrouped
 from toolkit.job import StageJob
 from toolkit.plan import StagePlan
@@ -83,8 +85,11 @@ def prove(job: StageJob, built: PairTrainer, start: torch.Tensor) -> proof.Proof
     built.model.eval()
     policy = _policy_logps(built, inputs)
     against = torch.cat(built.compute_ref_log_probs(built.model, inputs)).float().cpu()
-    with torch.no_grad(), built.accelerator.autocast():
-        loss = built.compute_loss(built.model, inputs).item()
+    try:
+        with torch.no_grad(), built.accelerator.autocast():
+            loss = built.compute_loss(built.model, inputs).item()
+    except ValueError as error:  # TRL looks at `loss_type` when it computes the first loss
+        raise ModelError(f"{job.where('trainer')}: {first_line(error)}") from error
     built._metrics["eval"].clear()
     built.model.train()
     rounding = proof.rounding(job)
@@ -113,6 +118,8 @@ def share_prompts(job: StageJob, built: PairTrainer) -> str:
         return "off: a sharded model cannot be checked before training"
     collator = prefix.PairCollator(built.processing_class.pad_token_id, built.args.max_length)
     reason = prefix_check.reason_against(built.model)
+    if any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in built.model.modules()):
+        reason = "dropout is on, and would be drawn once for both answers"
     check = None if reason else prefix_check.self_check(built.model, _first_rows(job)[:CHECKED_PAIRS], collator)
     decided: list[Any] = [reason, check]
     broadcast_object_list(decided, from_process=0)  # ranks that round differently must not choose differently

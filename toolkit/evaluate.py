@@ -69,6 +69,10 @@ def held_out_rows(recipe: Recipe, tokenizer: Any) -> list[dict[str, Any]]:
             raise ModelError(
                 f"{where}: the prompts are messages and there is no chat template; set model.chat_template"
             )
+        for number, row in enumerate(loaded):
+            empty = [name for name in sorted(needed & set(row)) if row[name] in (None, "", [])]
+            if empty:
+                raise DataError(f"{where}: row {number}: {', '.join(empty)} is empty; fill it in, or remove the row")
         rows += list(loaded)
     return rows
 
@@ -96,16 +100,17 @@ def _answers(
 ) -> dict[str, list[str]]:
     assert recipe.evaluate is not None
     base: Any = model.load_base(recipe, hardware)
+    loaded_as = {name: f"stage{i}" for i, name in enumerate(adapters)}  # PEFT takes no name with a dot in it
     for name, folder in adapters.items():
         if isinstance(base, PeftModel):
-            base.load_adapter(str(folder), adapter_name=name)
+            base.load_adapter(str(folder), adapter_name=loaded_as[name])
         else:
-            base = PeftModel.from_pretrained(base, str(folder), adapter_name=name)
+            base = PeftModel.from_pretrained(base, str(folder), adapter_name=loaded_as[name])
     base.eval()
     with base.disable_adapter():
         answers = {BASE: _generate(base, tokenizer, prompts, recipe.evaluate)}
     for name in adapters:
-        base.set_adapter(name, inference_mode=True)
+        base.set_adapter(loaded_as[name], inference_mode=True)
         answers[name] = _generate(base, tokenizer, prompts, recipe.evaluate)
     return answers
 

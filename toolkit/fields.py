@@ -59,7 +59,8 @@ def problem_with(class_name: str, key: str, value: Any) -> str | None:
         TypeAdapter(types[key]).validate_python(value, strict=True)
     except ValidationError as error:
         expected = " or ".join(dict.fromkeys(e["msg"].removeprefix("Input should be ") for e in error.errors()))
-        return f"found {value!r}, expected {expected}"
+        example = f", as in [{value}]" if expected == "a valid list" and isinstance(value, str) else ""
+        return f"found {value!r}, expected {expected}{example}"
     return None
 
 

@@ -59,6 +59,11 @@ def prompt_of(row: Row) -> Any:
     return _messages(prompt) if isinstance(prompt, list) else prompt
 
 
+def for_template(row: Row) -> Row:
+    """The columns that go to the chat template beside the messages."""
+    return {name: row[name] for name in ("tools", "chat_template_kwargs") if row.get(name)}
+
+
 def to_sft(row: Row, shape: str) -> Row | None:
     """A row of a known shape as `messages`, `prompt` + `completion` or `text`; `None` where the answer is empty."""
     if shape == "text":

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from toolkit.errors import ModelError
 from toolkit.plan import Hardware, model_dtype, quantization
 from toolkit.recipe import Recipe
 
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "config.json")
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "config.json", "*.py")
+WAITS_FOR_MAIN = timedelta(hours=12)  # the main process tokenizes, verifies and evaluates while the others wait
 
 
 def detect_hardware() -> Hardware:
     """The device of this process, whether it computes in bf16, and how many processes there are."""
     # Without being told, accelerate takes several processes on CPUs for several runs of one process
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=WAITS_FOR_MAIN)
     cuda = state.device.type == "cuda"
     return Hardware(state.device.type, cuda and torch.cuda.is_bf16_supported(), state.num_processes)
 

@@ -37,7 +37,7 @@ KEEPING_DEFAULTS: dict[str, Any] = {
 EVAL_DEFAULTS: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 0.25}  # of the run's steps
 
 # Settings that change what is written down, never what is learned: changing one does not rerun a finished stage.
-WITHOUT_EFFECT_ON_WEIGHTS = (
+WITHOUT_EFFECT_ON_WEIGHTS: tuple[str, ...] = (
     "logging_",
     "log_",
     "save_",
@@ -119,7 +119,10 @@ def stage_digest(plan: StagePlan, **depends_on: Any) -> str:
     Args:
         depends_on: digests of base, data and parent, seed, dtype, quantization: whatever else decides the result.
     """
-    trainer = {k: v for k, v in plan.trainer.items() if not k.startswith(WITHOUT_EFFECT_ON_WEIGHTS)}
+    without_effect = WITHOUT_EFFECT_ON_WEIGHTS
+    if plan.trainer.get("load_best_model_at_end"):  # what is saved decides what can be best
+        without_effect = tuple(prefix for prefix in without_effect if prefix != "save_")
+    trainer = {k: v for k, v in plan.trainer.items() if not k.startswith(without_effect)}
     return digest({"type": plan.type, "mode": plan.mode, "lora": plan.lora, "trainer": trainer, **depends_on})
 
 

@@ -62,8 +62,11 @@ def state_of(job: StageJob, run: RunDirectory, rerun: set[str]) -> str:
 
 
 def attempt_key(job: StageJob) -> str:
-    """What an interrupted stage must have been working on to be resumed: its settings, and the very adapter it had."""
-    return digest([job.digest, _digest_or_none(job.start) if job.start else None])
+    """What an interrupted stage must have been working on to be resumed: its settings, the very adapter it had, and
+    the same number of processes, since a checkpoint counts its steps and its place in the data by them.
+    """
+    start = _digest_or_none(job.start) if job.start else None
+    return digest([job.digest, start, job.steps, job.hardware.processes])
 
 
 def resolved(prepared: Prepared) -> dict[str, Any]:
@@ -114,9 +117,12 @@ def _stage_lines(job: StageJob, state: str) -> list[str]:
     if job.data.eval_counts:
         lines.append(f"  eval       {_counts_text(job.data.eval_counts)}")
     epochs = plan.trainer["num_train_epochs"]
+    length = f"{epochs:g} {'epoch' if epochs == 1 else 'epochs'}"
+    if plan.trainer.get("max_steps", -1) > 0:
+        length = "as max_steps says"
     lines.append(
-        f"  training   {job.steps:,} optimizer steps, {epochs:g} {'epoch' if epochs == 1 else 'epochs'}, effective "
-        f"batch {plan.batch_size(job.hardware)}, learning rate {plan.trainer['learning_rate']:g}"
+        f"  training   {job.steps:,} optimizer steps, {length}, effective batch {plan.batch_size(job.hardware)}, "
+        f"learning rate {plan.trainer['learning_rate']:g}"
         + (f", beta {plan.trainer['beta']:g}" if plan.type == "dpo" else "")
     )
     if plan.type == "dpo":
@@ -152,6 +158,8 @@ def _job(prepared: Prepared, plan: StagePlan, run: RunDirectory, empty: Any) -> 
     recipe, hardware = prepared.recipe, prepared.hardware
     parent = next((job for job in prepared.jobs if job.plan.name == plan.start), None)
     start = run.adapter(plan.start) if parent else _external_adapter(recipe, plan)
+    if plan.mode == "stack":
+        _check_stack(prepared, plan, parent, start)
     trainable = _trainable(recipe, plan, empty, parent, start)
     data = data_module.prepare(recipe, plan, prepared.tokenizer)
     key = stage_digest(
@@ -187,6 +195,8 @@ def _external_adapter(recipe: Recipe, plan: StagePlan) -> Path | None:
         return None
     where = recipe.where("stages", plan.index, "from")
     folder = Path(plan.start)
+    if folder.is_absolute() and not folder.is_dir():
+        raise ModelError(f"{where}: no such folder: {folder}")
     if not folder.is_dir():
         folder = _from_hub(plan.start, where)
     missing = [name for name in (adapter.CONFIG, adapter.WEIGHTS) if not (folder / name).is_file()]
@@ -207,18 +217,25 @@ def _from_hub(name: str, where: str) -> Path:
         raise ModelError(f"{where}: no adapter {name!r} on disk or on the Hub: {chat.first_line(error)}") from None
 
 
+def _check_stack(prepared: Prepared, plan: StagePlan, parent: StageJob | None, start: Path | None) -> None:
+    """Refuse a stack whose sum is no plain LoRA; an adapter that was continued is what it was when it was new."""
+    recipe = prepared.recipe
+    where = recipe.where("stages", plan.index, "lora" if recipe.stages[plan.index].lora else "adapter")
+    adapter.check_stackable(plan.lora, where)
+    while parent is not None and parent.plan.mode == "continue":
+        start = parent.start
+        parent = next((job for job in prepared.jobs if job.plan.name == parent.plan.start), None)
+    if parent is not None:
+        adapter.check_stackable(parent.plan.lora, where)
+    elif start is not None:
+        adapter.check_stackable(adapter.read_config(start), where)
+        adapter.check_matrices(start)
+
+
 def _trainable(recipe: Recipe, plan: StagePlan, empty: Any, parent: StageJob | None, start: Path | None) -> int:
-    """Parameters in training; refuses targets that match nothing, and adapters that cannot be stacked."""
+    """Parameters in training; refuses targets that match nothing."""
     if plan.mode == "continue":
         return parent.trainable if parent else adapter.trainable_parameters(start) if start else 0
-    if plan.mode == "stack":
-        where = recipe.where("stages", plan.index, "lora" if recipe.stages[plan.index].lora else "adapter")
-        adapter.check_stackable(plan.lora, where)
-        if parent:
-            adapter.check_stackable(parent.plan.lora, where)
-        elif start:
-            adapter.check_stackable(adapter.read_config(start), where)
-            adapter.check_matrices(start)
     return adapter.check_targets(empty, plan, recipe.where("lora", "target_modules"))
 
 
@@ -236,9 +253,7 @@ def check_parents(prepared: Prepared, states: dict[str, str], only: str | None) 
     if only is None:
         return
     if only not in starts:
-        raise RunError(f"--stage {only}: no such stage; the recipe has {', '.join(starts)}")
+        raise RunError(f"{only}: no such stage; the recipe has {', '.join(starts)}")
     start = starts[only]
     if start in starts and states[start] != "finished":
-        raise RunError(
-            f"--stage {only}: starts from {start}, which is not finished; run it first, or leave --stage out"
-        )
+        raise RunError(f"{only}: starts from {start}, which is not finished with these settings; train {start} first")

@@ -16,7 +16,7 @@ Format = Literal["messages", "sharegpt", "prompt_completion", "preference", "alp
 
 def _as_list(value: Any) -> Any:
     """A single source may stand without its list dash, and a path without its key."""
-    items = value if isinstance(value, list) else [value]
+    items = value if isinstance(value, list) else [] if value is None else [value]
     return [{"path": item} if isinstance(item, str) else item for item in items]
 
 

@@ -64,6 +64,9 @@ def _from_cache(job: StageJob, built: Any, rows: Dataset, key: str) -> tuple[Ent
         for side, name in enumerate(NAMES)
         for i in first
     )
+    agreed = [worst]
+    broadcast_object_list(agreed, from_process=0)  # or one rank would compute while the others train
+    worst = agreed[0]
     if not worst <= OTHER_PATH[rounding(job)]:
         return None, f"the cache disagrees with the reference model by {worst:.2g} nats per token"
     return entry, ""

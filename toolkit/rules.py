@@ -37,6 +37,8 @@ OWNED_BY_TOOLKIT = {
     "use_cpu": "hardware never enters a recipe; use accelerate launch --cpu",
     "fsdp": "hardware never enters a recipe; use an accelerate config file",
     "fsdp_config": "hardware never enters a recipe; use an accelerate config file",
+    "ddp_timeout": "the toolkit lets processes wait for hours, as the main one tokenizes and verifies for all",
+    "ddp_backend": "hardware never enters a recipe; accelerate chooses it",
     "deepspeed": "hardware never enters a recipe; use an accelerate config file",
     "parallelism_config": "hardware never enters a recipe; use an accelerate config file",
 }
@@ -44,6 +46,31 @@ REFUSED_IN_DPO = {
     "padding_free": "DPOConfig accepts it and TRL ignores it; remove it",
     "sync_ref_model": "the reference is the frozen start of the stage; TRL cannot move it under LoRA; remove it",
     "truncation_mode": "only keep_start, its default, leaves the shared prompt in place; remove it",
+}
+LOSS_TYPES = [
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+]
+BOUNDS: dict[str, tuple[float, str]] = {
+    "learning_rate": (0, "0 or more"),
+    "num_train_epochs": (0, "0 or more"),
+    "per_device_train_batch_size": (1, "1 or more"),
+    "per_device_eval_batch_size": (1, "1 or more"),
+    "gradient_accumulation_steps": (1, "1 or more"),
+    "max_length": (2, "2 or more tokens"),
 }
 LORA_OWNED = {
     "task_type": "it is CAUSAL_LM",
@@ -78,6 +105,9 @@ def problems_in(data: dict[str, Any], lines: dict[Location, str]) -> Iterable[Pr
     for key, value in quantization.items():
         if wrong := problem_with("BitsAndBytesConfig", key, value):
             yield problem(wrong, "quantization", key)
+    if quantization.get("bnb_4bit_quant_type", "nf4") not in ("nf4", "fp4"):
+        text = f"found {quantization['bnb_4bit_quant_type']!r}, expected nf4 or fp4"
+        yield problem(text, "quantization", "bnb_4bit_quant_type")
     if quantization.get("load_in_4bit") and quantization.get("load_in_8bit"):
         yield problem("8-bit and 4-bit together; keep one of them", "quantization", "load_in_8bit")
     yield from _check_lora(_mapping(data.get("lora")), problem, "lora")
@@ -95,7 +125,7 @@ def _check_start(stage: dict[str, Any], earlier: list[str], problem: Any, *at: s
     name, start = stage.get("name", stage.get("type")), stage.get("from")
     if name in earlier:
         yield problem(f"two stages are named {name!r}; give each stage its own name", *at, "name")
-    if name in ("base", "adapter"):
+    if name in ("base", "adapter", "adapter.partial") or str(name).endswith(".previous"):
         yield problem(f"{name!r} has a meaning of its own in a run; choose another name", *at, "name")
     known = ["base", *earlier]
     if isinstance(start, str) and "/" not in start and start not in known:
@@ -124,6 +154,38 @@ def _check_trainer(stage: dict[str, Any], problem: Any, *at: str | int) -> Itera
             yield problem(f"is not for a recipe's trainer: {refused[key]}", *at, key)
         elif config and (wrong := problem_with(config, key, value)):
             yield problem(wrong, *at, key)
+    yield from _check_values(trainer, config, problem, *at)
+    yield from _check_combinations(stage, trainer, config, problem, *at)
+
+
+def _check_values(trainer: dict[str, Any], config: str | None, problem: Any, *at: str | int) -> Iterable[Problem]:
+    for key, (least, text) in BOUNDS.items():
+        value = trainer.get(key)
+        if isinstance(value, int | float) and value < least:
+            yield problem(f"found {value}, expected {text}", *at, key)
+    loss_types = trainer.get("loss_type")
+    for name in loss_types if config == "DPOConfig" and isinstance(loss_types, list) else []:
+        if name not in LOSS_TYPES:
+            text = f"found {name!r}, expected some of {', '.join(LOSS_TYPES)}{did_you_mean(str(name), LOSS_TYPES)}"
+            yield problem(text, *at, "loss_type")
+    if isinstance(trainer.get("beta"), int | float) and trainer["beta"] <= 0:
+        yield problem(f"found {trainer['beta']}, expected more than 0, or it prefers what was rejected", *at, "beta")
+
+
+def _check_combinations(
+    stage: dict[str, Any], trainer: dict[str, Any], config: str | None, problem: Any, *at: str | int
+) -> Iterable[Problem]:
+    packing = trainer.get("packing")
+    if packing and "max_length" in trainer and trainer["max_length"] is None:
+        yield problem("packing needs a max_length to fill", *at, "max_length")
+    if packing and trainer.get("padding_free"):
+        yield problem("packed rows have no padding to be free of; remove it", *at, "padding_free")
+    if trainer.get("eval_packing") and not packing:
+        yield problem("evaluation rows are packed with packing: true only", *at, "eval_packing")
+    shared = config == "DPOConfig" and stage.get("prefix_sharing", True)
+    if isinstance(trainer.get("pad_to_multiple_of"), int) and (packing or shared):
+        way_out = "remove it, or " + ("packing" if packing else "set prefix_sharing: false")
+        yield problem(f"packed and shared rows are not padded to a multiple; {way_out}", *at, "pad_to_multiple_of")
     if trainer.get("eval_strategy", "no") not in ("no", False) and not stage.get("eval_data"):
         yield problem("evaluation is asked for without eval_data", *at, "eval_strategy")
 
@@ -140,6 +202,10 @@ def _check_lora(lora: dict[str, Any], problem: Any, *at: str | int) -> Iterable[
             yield problem(f"{value!r}{because} expected true, gaussian or orthogonal", *at, key)
         elif wrong := problem_with("LoraConfig", key, value):
             yield problem(wrong, *at, key)
+        elif key == "r" and value < 1:
+            yield problem(f"found {value}, expected a rank of 1 or more", *at, key)
+        elif key == "lora_dropout" and not 0 <= value < 1:
+            yield problem(f"found {value}, expected a share from 0 to below 1", *at, key)
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from accelerate import PartialState
 from peft import PeftModel
 
 from toolkit import adapter, dpo, evaluate, hub, model, proof, sft, trainer
-from toolkit.errors import ProofError
+from toolkit.chat import first_line
+from toolkit.errors import ModelError, ProofError
 from toolkit.job import StageJob
 from toolkit.load import load_recipe
 from toolkit.prepare import Prepared, attempt_key, check_parents, plan_text, prepare, resolved, state_of
@@ -59,11 +61,12 @@ def train(
     if recipe.evaluate is not None:
         evaluate.held_out_rows(recipe, prepared.tokenizer)  # better now than after hours
     say(plan_text(prepared, states) + "\n")
-    _record(prepared, run)
-    for job in prepared.jobs:
-        if states[job.plan.name] != "finished" and stage in (None, job.plan.name):
-            _run_stage(job, run, resume=states[job.plan.name] == "interrupted")
-    return _deliver(prepared, run)
+    with run.held() if PartialState().is_main_process else nullcontext():
+        _record(prepared, run)
+        for job in prepared.jobs:
+            if states[job.plan.name] != "finished" and stage in (None, job.plan.name):
+                _run_stage(job, run, resume=states[job.plan.name] == "interrupted")
+        return _deliver(prepared, run)
 
 
 def compute_reference(
@@ -92,7 +95,7 @@ def compute_reference(
             check_parents(prepared, states, job.plan.name)
             say(f"{job.plan.name}: reference, {job.plan.reference}")
             start = _start_logps(job)
-            built = dpo.build(job, model.load_base(job.recipe, job.hardware))
+            built = _build(job, model.load_base(job.recipe, job.hardware))
             dpo.share_prompts(job, built)
             dpo.prove(job, built, start)
             dpo.take_reference(job, built)
@@ -153,7 +156,7 @@ def _train_stage(job: StageJob, run: RunDirectory, resume: bool) -> tuple[Path, 
     record["start_digest"] = adapter.adapter_digest(job.start) if job.start else None
     start = _start_logps(job) if plan.type == "dpo" else None
     base = model.load_base(job.recipe, job.hardware)
-    built: Any = sft.build(job, base) if plan.type == "sft" else dpo.build(job, base)
+    built = _build(job, base)
     if start is not None:
         record["prefix_sharing"] = dpo.share_prompts(job, built)
         say(f"  prefix sharing {record['prefix_sharing']}")
@@ -174,6 +177,13 @@ def _train_stage(job: StageJob, run: RunDirectory, resume: bool) -> tuple[Path, 
         with storage(run.path):
             _save(built.model, job, partial)
     return partial, record
+
+
+def _build(job: StageJob, base: Any) -> Any:
+    try:
+        return sft.build(job, base) if job.plan.type == "sft" else dpo.build(job, base)
+    except (ValueError, RuntimeError, ImportError) as error:  # how TRL and transformers refuse settings
+        raise ModelError(f"{job.where('trainer')}: {first_line(error)}") from error
 
 
 def _start_logps(job: StageJob) -> Any:
@@ -225,9 +235,10 @@ def _probe(job: StageJob) -> proof.Sequences:
 
 
 def _deliver(prepared: Prepared, run: RunDirectory) -> RunResult:
-    records = {s.plan.name: run.finished(s.plan.name) for s in prepared.jobs}
+    states = _states(prepared, run, None, False)  # with --stage, a stage after it may have become stale
+    records = {name: run.finished(name) for name, state in states.items() if state == "finished"}
     done = {name: record for name, record in records.items() if record is not None}
-    if len(done) < len(records):
+    if len(done) < len(states):
         return RunResult(run.path, None, done)
     evaluation = None
     if PartialState().is_main_process:

@@ -1,9 +1,11 @@
 """The run directory: whose it is, which stages are finished, and writes that are whole or not there."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +16,8 @@ import yaml
 from toolkit.errors import RunError
 from toolkit.recipe import Recipe
 
-RESOLVED, RECIPE, STAGE, STARTED, ADAPTER = "resolved.json", "recipe.yaml", "stage.json", "started.json", "adapter"
+RESOLVED, RECIPE, EVALUATION, LOCK = "resolved.json", "recipe.yaml", "evaluation.json", ".lock"
+STAGE, STARTED, ADAPTER = "stage.json", "started.json", "adapter"
 
 
 class RunDirectory:
@@ -29,7 +32,7 @@ class RunDirectory:
         Raises:
             RunError: it holds something else, or cannot be written.
         """
-        if self.path.exists() and (not self.path.is_dir() or (any(self.path.iterdir()) and not self._resolved())):
+        if self.path.exists() and (not self.path.is_dir() or (self._holds_something() and not self._resolved())):
             raise RunError(f"{self.path}: is not a run directory; choose another with --output")
         held = (self._resolved() or {}).get("identity", identity(recipe))
         asked = identity(recipe)
@@ -42,6 +45,29 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
         if not os.access(self.path, os.W_OK):
             raise RunError(f"{self.path}: cannot be written; choose another directory with --output")
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other runs out of the directory; the system lets go of it however this process ends.
+
+        Raises:
+            RunError: another process is at work here, named by its host and number.
+        """
+        with storage(self.path):
+            stream = (self.path / LOCK).open("a+", encoding="utf-8")
+        with stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                stream.seek(0)
+                holder = stream.read().strip()
+                raise RunError(
+                    f"{self.path}: {holder} is at work here; wait for it, or choose another --output"
+                ) from None
+            stream.truncate(0)
+            stream.write(f"process {os.getpid()} on {socket.gethostname()}")
+            stream.flush()
+            yield
 
     def record(self, recipe: Recipe, resolved: dict[str, Any]) -> None:
         """Write what was asked for and what it resolved to."""
@@ -77,6 +103,9 @@ class RunDirectory:
             if not resume:
                 self.set_aside(stage)
             folder.mkdir(exist_ok=True)
+            # copies of what the stages hold, or held, that would no longer belong to them
+            shutil.rmtree(self.path / ADAPTER, ignore_errors=True)
+            (self.path / EVALUATION).unlink(missing_ok=True)
             write_json(folder / STARTED, {"key": key})
         return folder
 
@@ -107,6 +136,9 @@ class RunDirectory:
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
         return target
+
+    def _holds_something(self) -> bool:
+        return any(path.name != LOCK for path in self.path.iterdir())
 
     def _resolved(self) -> dict[str, Any] | None:
         return read_json(self.path / RESOLVED)
@@ -164,7 +196,7 @@ def storage(path: Path) -> Iterator[None]:
         code = getattr(error, "errno", None)
         if full or code in (errno.ENOSPC, errno.EDQUOT):
             text = "the disk is full; free some space or choose another --output, then run the same command to resume"
-        elif code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        elif code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT):
             text = f"cannot be written: {os.strerror(code)}; choose another directory with --output"
         else:
             raise

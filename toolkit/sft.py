@@ -15,8 +15,12 @@ from toolkit.prefix_check import reason_against
 
 def arguments(job: StageJob, **own: Any) -> SFTConfig:
     """`SFTConfig` of the stage. Rows come with `labels` in place; TRL shuffles them where it is asked to."""
-    rows_are_final = not job.plan.trainer.get("packing") and not job.plan.trainer.get("shuffle_dataset")
-    return trainer.arguments(SFTConfig, job, **{"dataset_kwargs": {"skip_prepare_dataset": rows_are_final}, **own})
+    asked = job.plan.trainer
+    rows_are_final = not asked.get("packing") and not asked.get("shuffle_dataset")
+    settings: dict[str, Any] = {"dataset_kwargs": {"skip_prepare_dataset": rows_are_final}}
+    if asked.get("padding_free"):
+        settings["max_length"] = None  # rows are cut already; TRL refuses to run padding-free where it would not cut
+    return trainer.arguments(SFTConfig, job, **(settings | own))
 
 
 def build(job: StageJob, base: PreTrainedModel) -> SFTTrainer:

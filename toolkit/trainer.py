@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from toolkit.chat import first_line
-from toolkit.errors import ModelError
+from toolkit.errors import ModelError, RunError
 from toolkit.job import StageJob
 from toolkit.plan import Hardware, StagePlan
 from toolkit.progress import Metrics, Progress, say
@@ -28,6 +29,7 @@ def arguments(config_class: Any, job: StageJob, **own: Any) -> Any:
 
     Raises:
         ModelError: a value or combination that TRL or transformers refuse.
+        RunError: one process sees several GPUs.
     """
     settings = {key: value for key, value in job.plan.trainer.items() if key not in APPLIED_TO_ROWS}
     if job.hardware.device == "cpu":
@@ -35,9 +37,17 @@ def arguments(config_class: Any, job: StageJob, **own: Any) -> Any:
         settings.setdefault("dataloader_pin_memory", False)
     try:
         output_dir = str(job.folder / "checkpoints")
-        return config_class(output_dir=output_dir, seed=job.recipe.seed, disable_tqdm=True, **{**settings, **own})
-    except (ValueError, TypeError, ImportError) as error:
+        args = config_class(output_dir=output_dir, seed=job.recipe.seed, disable_tqdm=True, **{**settings, **own})
+        for tracker in get_reporting_integration_callbacks(args.report_to):
+            tracker()  # says whether its package is installed
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise ModelError(f"{job.where('trainer')}: {first_line(error)}") from None
+    if args.n_gpu > 1:
+        raise RunError(
+            f"{args.n_gpu} GPUs are visible to one process, which would split batches among them; use "
+            f"`accelerate launch --num_processes {args.n_gpu} -m toolkit ...`, or CUDA_VISIBLE_DEVICES=0 for one"
+        )
+    return args
 
 
 def fit(trainer: Any, job: StageJob) -> dict[str, float]:
