@@ -54,7 +54,7 @@ class Case:
 CPU_CASES = (
     Case("dpo, long prompts, one epoch", "dpo", LONG_PROMPTS, 24, ("cold", "warm", "same order")),
     Case("dpo, long prompts, three epochs", "dpo", LONG_PROMPTS, 8, ("cold",), epochs=3),
-    Case("dpo, short prompts, one epoch", "dpo", SHORT_PROMPTS, 80, ("cold", "warm", "same order", "features off")),
+    Case("dpo, short prompts, one epoch", "dpo", SHORT_PROMPTS, 240, ("cold", "warm", "same order", "features off")),
     Case("dpo, long completions, one epoch", "dpo", LONG_COMPLETIONS, 16, ("cold", "warm")),
     Case("sft, rows of 10 to 500 tokens", "sft", MIXED_ROWS, 32, ("packed", "features off")),
 )
