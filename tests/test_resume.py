@@ -191,9 +191,9 @@ def test_ctrl_c_is_one_line_and_resumable(recipe: dict[str, Any], write: Any, tm
     for stage in recipe["stages"]:
         stage["trainer"] |= {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 2}
     file = write(recipe)
-    process = subprocess.Popen(
-        command(file, tmp_path / "run"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - a job in the background ignores it
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command(file, tmp_path / "run"), preexec_fn=listen, **pipes)  # noqa: PLW1509
     assert process.stdout is not None and process.stderr is not None
     for printed in process.stdout:
         if printed.strip().startswith("sft 4/"):
