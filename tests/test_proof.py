@@ -27,7 +27,7 @@ def test_an_initialisation_that_moves_the_policy_fails_the_proof(
 
 def test_a_changed_base_fails_the_proof(recipe: dict[str, Any], write: Any, tmp_path: Path) -> None:
     """Policy and reference agree with each other, and both differ from the start model loaded on its own."""
-    from toolkit import dpo
+    from toolkit import dpo, proof
     from toolkit.model import load_base
     from toolkit.prepare import prepare
     from toolkit.rundir import RunDirectory
@@ -37,7 +37,7 @@ def test_a_changed_base_fails_the_proof(recipe: dict[str, Any], write: Any, tmp_
     prepared = prepare(loaded, RunDirectory(tmp_path / "run"))
     (job,) = prepared.jobs
     base = load_base(loaded, prepared.hardware)
-    start = dpo.start_logps(job, base)
+    start = proof.completion_logps(base, proof.first_sequences(job))
     with torch.no_grad():
         base.model.layers[0].self_attn.q_proj.weight.mul_(0.5)
     built = dpo.build(job, base)

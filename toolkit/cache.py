@@ -52,7 +52,7 @@ def key(job: StageJob, rows: Dataset) -> str:
             "autocast": [name for name in ("bf16", "fp16") if job.plan.trainer.get(name)],
             "start": adapter.adapter_digest(job.start) if job.start else None,
             "rows": content_digest(rows.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])),
-            "max_length": job.max_length,
+            "max_length": job.plan.max_length,
             "ld_alpha": job.plan.trainer.get("ld_alpha"),
         }
     )

@@ -14,7 +14,7 @@ from typing import Any
 import datasets
 from datasets import Dataset, concatenate_datasets
 
-from toolkit import chat, formats
+from toolkit import chat, formats, packing
 from toolkit.errors import DataError, ModelError
 from toolkit.formats import Row, recognise, to_preference, to_sft
 from toolkit.plan import StagePlan
@@ -74,7 +74,7 @@ def prepare(recipe: Recipe, plan: StagePlan, tokenizer: Any) -> StageData:
         eval=eval_rows,
         counts=counts,
         eval_counts=eval_counts,
-        steps_rows=_rows_after_packing(train, plan),
+        steps_rows=len(packing.pack(plan, train) if plan.trainer.get("packing") else train),
         digest=content_digest(train) + (content_digest(eval_rows) if eval_rows else ""),
     )
 
@@ -163,7 +163,7 @@ def _tokenized(
         shape = recognise(source, rows.column_names, plan.type, where)
         rows = _map(rows, shape, plan, tokenizer, where)
         status.update(rows["status"])
-        kept = rows.filter(lambda s: s in (KEPT, TRUNCATED), input_columns="status") if status else rows
+        kept = rows.filter(lambda s: s in (KEPT, TRUNCATED), input_columns="status")
         parts.append(kept.remove_columns("status"))
     train = concatenate_datasets(parts)
     dropped = {reason: n for reason, n in status.items() if reason not in (KEPT, TRUNCATED)}
@@ -197,7 +197,7 @@ def _map(rows: Dataset, shape: str, plan: StagePlan, tokenizer: Any, where: str)
             "template": template,
             "where": where,
             "whole_row": whole_row,
-            "max_length": settings.get("max_length", 1024),
+            "max_length": plan.max_length,
             "keep_end": settings.get("truncation_mode") == "keep_end",
             "packing": settings.get("packing", False),
             "code": _code(),
@@ -298,12 +298,3 @@ def _count_tokens(rows: Dataset, stage_type: str) -> tuple[int, int]:
             tokens += 2 * len(length["prompt_ids"]) + completions
             supervised += completions
     return tokens, supervised
-
-
-def _rows_after_packing(rows: Dataset, plan: StagePlan) -> int:
-    if not plan.trainer.get("packing"):
-        return len(rows)
-    from trl import pack_dataset
-
-    limit = plan.trainer.get("max_length", 1024)
-    return len(pack_dataset(rows, limit, plan.trainer.get("packing_strategy", "bfd")))

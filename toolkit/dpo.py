@@ -1,6 +1,5 @@
 """The DPO stage: `trl.DPOTrainer` over tokenized pairs, with the stage's own start as the reference, proven."""
 
-import math
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from toolkit.job import StageJob
 from toolkit.plan import StagePlan
 from toolkit.progress import say
 
-PROOF_ROWS = 4
 CHECKED_PAIRS = 2
 
 
@@ -66,22 +64,17 @@ def build(job: StageJob, base: PreTrainedModel) -> PairTrainer:
     return built
 
 
-def start_logps(job: StageJob, model: Any) -> torch.Tensor:
-    """Log-probabilities of the first pairs under an independently loaded start model, `(2 * pairs,)`, in nats."""
-    return proof.completion_logps(model, _first_pairs(job))
-
-
 def prove(job: StageJob, built: PairTrainer, start: torch.Tensor) -> proof.Proof:
     """Compare policy, reference and start model on the first pairs, before the first step.
 
     Args:
-        start: what `start_logps` returned, `(2 * pairs,)`.
+        start: log-probabilities of `proof.first_sequences` under the start model, `(2 * pairs,)`, in nats.
 
     Raises:
         ProofError: they differ.
     """
-    batch = _first_pairs(job)
-    inputs = built._prepare_inputs(built.data_collator(_first_rows(job)))
+    batch = proof.first_sequences(job)
+    inputs = built._prepare_inputs(built.data_collator(proof.first_rows(job)))
     built.model.eval()
     policy = _policy_logps(built, inputs)
     against = torch.cat(built.compute_ref_log_probs(built.model, inputs)).float().cpu()
@@ -98,7 +91,6 @@ def prove(job: StageJob, built: PairTrainer, start: torch.Tensor) -> proof.Proof
         policy_vs_reference=proof.per_token_difference(policy, against, batch),
         reference_vs_start=proof.per_token_difference(against, start, batch),
         first_loss=loss,
-        expected_first_loss=math.log(2) if built.loss_types == ["sigmoid"] and not built.args.use_weighting else None,
         tolerance_same_path=proof.SAME_PATH[rounding],
         tolerance_other_path=proof.OTHER_PATH[rounding],
     )
@@ -120,7 +112,7 @@ def share_prompts(job: StageJob, built: PairTrainer) -> str:
     reason = prefix_check.reason_against(built.model)
     if any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in built.model.modules()):
         reason = "dropout is on, and would be drawn once for both answers"
-    check = None if reason else prefix_check.self_check(built.model, _first_rows(job)[:CHECKED_PAIRS], collator)
+    check = None if reason else prefix_check.self_check(built.model, proof.first_rows(job)[:CHECKED_PAIRS], collator)
     decided: list[Any] = [reason, check]
     broadcast_object_list(decided, from_process=0)  # ranks that round differently must not choose differently
     reason, check = decided
@@ -166,11 +158,3 @@ def _policy_logps(built: PairTrainer, inputs: dict[str, Any]) -> torch.Tensor:
     with built.accelerator.autocast():
         out = built.model(**for_model, labels=labels, fused_lm_head=True, use_cache=False)
     return out.log_probs.sum(1).float().cpu()
-
-
-def _first_rows(job: StageJob) -> list[dict[str, Any]]:
-    return [job.data.train[i] for i in range(min(PROOF_ROWS, len(job.data.train)))]
-
-
-def _first_pairs(job: StageJob) -> proof.Sequences:
-    return proof.sequences(_first_rows(job), job.tokenizer.pad_token_id, job.max_length)

@@ -33,11 +33,6 @@ class StageJob:
     no_sharing: str | None
     """Why pairs do not share their prompt, as far as that is known before the weights are loaded."""
 
-    @property
-    def max_length(self) -> int | None:
-        """Tokens of a row, or of prompt + completion, at which TRL cuts; TRL's own default is 1024."""
-        return self.plan.trainer.get("max_length", 1024)
-
     def where(self, *location: str | int) -> str:
         """`file:line: key` of a place in this stage's part of the recipe."""
         return self.recipe.where("stages", self.plan.index, *location)

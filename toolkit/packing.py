@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from trl import pack_dataset
 
-from toolkit.job import StageJob
+from toolkit.plan import StagePlan
 
 ROWS_KEPT_UNDER = ("sdpa", "eager")
 PACKED = "packed"
@@ -24,9 +24,9 @@ def keeps_rows(model: Any) -> bool:
     return model.config._attn_implementation in ROWS_KEPT_UNDER
 
 
-def pack(job: StageJob, rows: Dataset) -> Dataset:
+def pack(plan: StagePlan, rows: Dataset) -> Dataset:
     """Documents `input_ids`, `labels` put together by TRL into rows of up to `max_length`, with `seq_lengths`."""
-    return pack_dataset(rows, job.max_length, job.plan.trainer.get("packing_strategy", "bfd"))
+    return pack_dataset(rows, plan.max_length, plan.trainer.get("packing_strategy", "bfd"))
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from toolkit.recipe import Recipe, Stage
@@ -78,6 +78,11 @@ class StagePlan:
     reference_from: Literal["cached", "online"] | None
     prefix_sharing: bool
 
+    @property
+    def max_length(self) -> int | None:
+        """Tokens at which TRL cuts a row, or prompt + completion; its own default is 1024."""
+        return self.trainer.get("max_length", 1024)
+
     def batch_size(self, hardware: Hardware) -> int:
         """Rows that one optimizer step sees, over all processes."""
         per_device = self.trainer.get("per_device_train_batch_size", 8)
@@ -104,15 +109,6 @@ def stage_plans(recipe: Recipe, hardware: Hardware) -> list[StagePlan]:
     return [_stage_plan(recipe, i, hardware) for i in range(len(recipe.stages))]
 
 
-def descendants(plans: list[StagePlan], name: str) -> set[str]:
-    """The stage and everything that starts from it, directly or not."""
-    found = {name}
-    for plan in plans:
-        if plan.start in found:
-            found.add(plan.name)
-    return found
-
-
 def stage_digest(plan: StagePlan, **depends_on: Any) -> str:
     """Key of everything the stage's result depends on; the same key means that it need not run again.
 
@@ -129,11 +125,6 @@ def stage_digest(plan: StagePlan, **depends_on: Any) -> str:
 def digest(value: Any) -> str:
     """SHA-256, in hex, of the value's canonical JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def as_dict(plan: StagePlan) -> dict[str, Any]:
-    """For `resolved.json`."""
-    return asdict(plan)
 
 
 def _stage_plan(recipe: Recipe, index: int, hardware: Hardware) -> StagePlan:

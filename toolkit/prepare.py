@@ -12,7 +12,7 @@ from toolkit import data as data_module
 from toolkit.data import Counts
 from toolkit.errors import ModelError, RunError
 from toolkit.job import StageJob
-from toolkit.plan import Hardware, StagePlan, as_dict, digest, model_dtype, quantization, stage_digest, stage_plans
+from toolkit.plan import Hardware, StagePlan, digest, model_dtype, quantization, stage_digest, stage_plans
 from toolkit.recipe import Recipe
 from toolkit.rundir import RunDirectory
 from toolkit.trainer import last_checkpoint, optimizer_steps
@@ -85,7 +85,7 @@ def resolved(prepared: Prepared) -> dict[str, Any]:
 
 def _resolved_stage(job: StageJob) -> dict[str, Any]:
     eval_counts = job.data.eval_counts
-    return as_dict(job.plan) | {
+    return asdict(job.plan) | {
         "rows": asdict(job.data.counts),
         "eval_rows": asdict(eval_counts) if eval_counts else None,
         "steps": job.steps,

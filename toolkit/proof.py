@@ -16,6 +16,7 @@ from toolkit.plan import model_dtype, quantization
 # shape) rounds differently. In 16 bits and on quantized layers that rounding is what it is.
 SAME_PATH = {"float32": 1e-5, "bfloat16": 1e-3, "float16": 1e-3}
 OTHER_PATH = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 2e-2}
+COMPARED_ROWS = 4
 
 
 def rounding(job: StageJob) -> str:
@@ -48,7 +49,6 @@ class Proof:
     policy_vs_reference: float
     reference_vs_start: float
     first_loss: float
-    expected_first_loss: float | None
     tolerance_same_path: float
     tolerance_other_path: float
 
@@ -81,6 +81,16 @@ def sequences(rows: list[dict[str, Any]], pad: int, max_length: int | None) -> S
         torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in pairs]),
         torch.tensor([labels + [IGNORED] * (longest - len(labels)) for _, labels in pairs]),
     )
+
+
+def first_rows(job: StageJob) -> list[dict[str, Any]]:
+    """The rows that proofs compare: the first few of the training data."""
+    return [job.data.train[i] for i in range(min(COMPARED_ROWS, len(job.data.train)))]
+
+
+def first_sequences(job: StageJob) -> Sequences:
+    """Those rows as one batch."""
+    return sequences(first_rows(job), job.tokenizer.pad_token_id, job.plan.max_length)
 
 
 @torch.no_grad()

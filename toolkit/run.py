@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,7 @@ from toolkit.load import load_recipe
 from toolkit.prepare import Prepared, attempt_key, check_parents, plan_text, prepare, resolved, state_of
 from toolkit.progress import say
 from toolkit.recipe import Recipe
-from toolkit.rundir import RunDirectory, default_output, storage, write_json
-
-VERIFIED_ROWS = 4
+from toolkit.rundir import EVALUATION, RunDirectory, default_output, storage, write_json
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ def train(
     if recipe.evaluate is not None:
         evaluate.held_out_rows(recipe, prepared.tokenizer)  # better now than after hours
     say(plan_text(prepared, states) + "\n")
-    with run.held() if PartialState().is_main_process else nullcontext():
+    with _alone(run):
         _record(prepared, run)
         for job in prepared.jobs:
             if states[job.plan.name] != "finished" and stage in (None, job.plan.name):
@@ -88,19 +86,19 @@ def compute_reference(
     """
     prepared, run = _prepared(recipe, output, overrides)
     states = _states(prepared, run, None, False)
-    _record(prepared, run)
-    filled = []
-    for job in prepared.jobs:
-        if job.plan.reference_from == "cached":
-            check_parents(prepared, states, job.plan.name)
+    jobs = [job for job in prepared.jobs if job.plan.reference_from == "cached"]
+    for job in jobs:
+        check_parents(prepared, states, job.plan.name)
+    with _alone(run):
+        _record(prepared, run)
+        for job in jobs:
             say(f"{job.plan.name}: reference, {job.plan.reference}")
             start = _start_logps(job)
             built = _build(job, model.load_base(job.recipe, job.hardware))
             dpo.share_prompts(job, built)
             dpo.prove(job, built, start)
             dpo.take_reference(job, built)
-            filled.append(job.plan.name)
-    return filled
+    return [job.plan.name for job in jobs]
 
 
 def _prepared(
@@ -111,6 +109,10 @@ def _prepared(
     run = RunDirectory(Path(output) if output is not None else default_output(recipe))
     run.claim(recipe)
     return prepare(recipe, run), run
+
+
+def _alone(run: RunDirectory) -> AbstractContextManager[None]:
+    return run.held() if PartialState().is_main_process else nullcontext()
 
 
 def _record(prepared: Prepared, run: RunDirectory) -> None:
@@ -173,7 +175,7 @@ def _train_stage(job: StageJob, run: RunDirectory, resume: bool) -> tuple[Path, 
     record["trainer_args"] = built.args.to_dict()
     partial = job.folder / "adapter.partial"
     if state.is_main_process:
-        record["policy_logps"] = proof.completion_logps(built.model, _probe(job))
+        record["policy_logps"] = proof.completion_logps(built.model, proof.first_sequences(job))
         with storage(run.path):
             _save(built.model, job, partial)
     return partial, record
@@ -191,7 +193,7 @@ def _start_logps(job: StageJob) -> Any:
     loaded: Any = model.load_base(job.recipe, job.hardware)
     if job.start is not None:
         loaded = PeftModel.from_pretrained(loaded, str(job.start))
-    logps = dpo.start_logps(job, loaded)
+    logps = proof.completion_logps(loaded, proof.first_sequences(job))
     del loaded
     trainer.release()
     return logps
@@ -217,7 +219,7 @@ def _verify(job: StageJob, folder: Path, policy_logps: Any) -> float:
     Raises:
         ProofError: they differ by more than rounding.
     """
-    batch = _probe(job)
+    batch = proof.first_sequences(job)
     reloaded = PeftModel.from_pretrained(model.load_base(job.recipe, job.hardware), str(folder))
     difference = proof.per_token_difference(proof.completion_logps(reloaded, batch), policy_logps, batch)
     tolerance = proof.OTHER_PATH[proof.rounding(job)]
@@ -227,11 +229,6 @@ def _verify(job: StageJob, folder: Path, policy_logps: Any) -> float:
             f"{difference:.3g} nats per token, at most {tolerance:.0e} expected; it lies in {folder} for inspection"
         )
     return difference
-
-
-def _probe(job: StageJob) -> proof.Sequences:
-    rows = [job.data.train[i] for i in range(min(VERIFIED_ROWS, len(job.data.train)))]
-    return proof.sequences(rows, job.tokenizer.pad_token_id, job.max_length)
 
 
 def _deliver(prepared: Prepared, run: RunDirectory) -> RunResult:
@@ -247,7 +244,7 @@ def _deliver(prepared: Prepared, run: RunDirectory) -> RunResult:
         if prepared.recipe.evaluate is not None:
             adapters = {job.plan.name: run.adapter(job.plan.name) for job in prepared.jobs}
             evaluation = evaluate.evaluate(prepared.recipe, prepared.hardware, prepared.tokenizer, adapters)
-            write_json(run.path / "evaluation.json", evaluation)
+            write_json(run.path / EVALUATION, evaluation)
             say("\n" + evaluate.table(evaluation))
         if prepared.recipe.hub is not None:
             say(f"\npushed: {hub.push(prepared.recipe, run.path)}")

@@ -60,8 +60,8 @@ def _packed(job: StageJob, model: Any) -> dict[str, Any]:
     packed_eval = job.data.eval is not None and eval_packing is not False
     return {
         "args": arguments(job, packing=False, eval_packing=None, dataset_kwargs={"skip_prepare_dataset": True}),
-        "train_dataset": _shuffled(job, packing.pack(job, _shuffled(job, job.data.train))),
-        "eval_dataset": packing.pack(job, job.data.eval) if packed_eval and job.data.eval else job.data.eval,
+        "train_dataset": _shuffled(job, packing.pack(job.plan, _shuffled(job, job.data.train))),
+        "eval_dataset": packing.pack(job.plan, job.data.eval) if packed_eval and job.data.eval else job.data.eval,
         "data_collator": packing.RowsOfDocuments(job.tokenizer.pad_token_id),
     }
 
