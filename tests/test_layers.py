@@ -14,7 +14,7 @@ from toolkit.fields import field_types, problem_with
 
 PACKAGE = Path(__file__).parent.parent / "toolkit"
 LAYERS = [
-    {"errors"},
+    {"errors", "findings"},
     {"fields", "recipe"},
     {"rules", "plan"},
     {"load"},

@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -15,26 +15,16 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="toolkit", description="One recipe file in, one adapter out: LoRA with TRL.")
     top.add_argument("--version", action="version", version=version("trl-lora-toolkit"))
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    train = _command(commands, "train", "run the stages of a recipe and hand back one adapter")
-    train.add_argument("--stage", metavar="NAME", help="run this stage only; what it starts from must be finished")
-    train.add_argument("--fresh", action="store_true", help="run finished stages again; the old results are kept aside")
-    _command(commands, "reference", "fill the cache of reference log-probabilities, as a step of its own")
+    _add_train(commands)
+    _add_reference(commands)
     return top
-
-
-def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-    command.add_argument("recipe", metavar="RECIPE", help="the YAML file")
-    command.add_argument("--output", metavar="DIR", help="run directory (default: runs/FOLDER-RECIPE)")
-    command.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="any value")
-    return command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 when it worked, 2 for bad input, 3 for a result that failed its proof."""
     args = parser().parse_args(argv)
     try:
-        return _run(args)
+        return int(args.run(args))
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume from the last checkpoint", file=sys.stderr)
         return 130
@@ -43,18 +33,65 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
 
 
-def _run(args: argparse.Namespace) -> int:
+# --- one pair of functions for each command: its flags, and what it does --------------------------------------------
+
+
+def _add_train(commands: Any) -> None:
+    command = _command(commands, "train", "run the stages of a recipe and hand back one adapter", _train)
+    _takes_recipe(command)
+    _takes_output(command)
+    command.add_argument("--stage", metavar="NAME", help="run this stage only; what it starts from must be finished")
+    command.add_argument("--fresh", action="store_true", help="run finished stages again; old results are kept aside")
+
+
+def _train(args: argparse.Namespace) -> int:
+    recipe = _recipe(args)
+    _quiet()
+    from toolkit.run import train
+
+    train(recipe, output=args.output, stage=args.stage, fresh=args.fresh)
+    return 0
+
+
+def _add_reference(commands: Any) -> None:
+    text = "fill the cache of reference log-probabilities, as a step of its own"
+    command = _command(commands, "reference", text, _reference)
+    _takes_recipe(command)
+    _takes_output(command)
+
+
+def _reference(args: argparse.Namespace) -> int:
+    recipe = _recipe(args)
+    _quiet()
+    from toolkit.run import compute_reference
+
+    compute_reference(recipe, output=args.output)
+    return 0
+
+
+# --- what commands share ---------------------------------------------------------------------------------------------
+
+
+def _command(commands: Any, name: str, text: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    command.set_defaults(run=run)
+    return command
+
+
+def _takes_recipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument("recipe", metavar="RECIPE", help="the YAML file")
+    command.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="any value")
+
+
+def _takes_output(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--output", metavar="DIR", help="run directory (default: runs/FOLDER-RECIPE)")
+
+
+def _recipe(args: argparse.Namespace) -> Any:
+    """The recipe that is asked for, before torch is imported: a typo is answered at once."""
     from toolkit.load import load_recipe
 
-    recipe = load_recipe(args.recipe, args.overrides)  # before torch is imported: a typo is answered at once
-    _quiet()
-    from toolkit.run import compute_reference, train
-
-    if args.command == "reference":
-        compute_reference(recipe, output=args.output)
-    else:
-        train(recipe, output=args.output, stage=args.stage, fresh=args.fresh)
-    return 0
+    return load_recipe(args.recipe, args.overrides)
 
 
 def _quiet() -> None:
