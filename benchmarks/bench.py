@@ -188,8 +188,8 @@ def run_case(bench: Bench, case: Case, shape: str, repeat: int) -> dict[str, Any
 
 
 def run_first_step(folder: Path, repeat: int) -> dict[str, Any]:
-    """Seconds from the shell to the first step, with the quickstart's model and pairs."""
-    case = Case("first step", "dpo", SHORT_PROMPTS, 0, ("cold",), trainer={"max_steps": 1, "max_length": 128})
+    """Seconds from the shell to the first step of an epoch, with the quickstart's model and pairs."""
+    case = Case("first step", "dpo", SHORT_PROMPTS, 0, ("cold",), trainer={"max_length": 128})
     bench = Bench(folder, QUICKSTART / "base", "float32")
     data = QUICKSTART / "preferences.jsonl"
     turns = [(bench.trl(case, data), bench.toolkit(case, data, "cold")) for _ in range(repeat)]

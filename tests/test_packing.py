@@ -96,5 +96,6 @@ def test_a_batch_of_packed_rows() -> None:
     ]
     batch = RowsOfDocuments(pad_token_id=0)(rows)
     assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2], [0, 1, 0, 0, 0]]
-    assert batch["labels"].tolist() == [[-100, 6, -100, 8, 9], [-100, 3, -100, -100, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 6, 8, 9, 3]]
+    assert batch["scored_positions"].tolist() == [[0, 2, 3, 5, 0]]

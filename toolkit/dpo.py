@@ -11,7 +11,7 @@ from trl import DPOConfig, DPOTrainer
 from toolkit import adapter, prefix, prefix_check, proof, reference, trainer
 from toolkit.chat import first_line
 from toolkit.errors import ModelError
-from toolkit.grouping import LengthGrouped
+from toolkit.grouping import LengthGrouped, pair_lengths
 from toolkit.job import StageJob
 from toolkit.plan import StagePlan
 from toolkit.progress import say
@@ -39,7 +39,7 @@ class PairTrainer(DPOTrainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         # the rows of one optimizer step, however many processes and micro-batches they are dealt out to
         step = self._train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
-        return LengthGrouped(reference.lengths(rows), step, seed)
+        return LengthGrouped(pair_lengths(rows), step, seed)
 
 
 def arguments(job: StageJob) -> DPOConfig:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from datasets import Dataset
 
 from toolkit import cache
 from toolkit.cache import NAMES, Entry
+from toolkit.grouping import alike, pair_lengths
 from toolkit.job import StageJob
 from toolkit.progress import say
 from toolkit.proof import OTHER_PATH, rounding
@@ -40,16 +42,6 @@ def with_reference(job: StageJob, built: Any, rows: Dataset, what: str) -> Datas
     return rows
 
 
-def lengths(rows: Dataset) -> list[int]:
-    """Tokens of prompt + chosen + rejected of each row, `(rows,)`."""
-    total = torch.zeros(len(rows), dtype=torch.long)
-    for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
-        column = rows.with_format("arrow")[name]
-        chunks = column.chunks if hasattr(column, "chunks") else [column]
-        total += torch.cat([torch.from_numpy(c.value_lengths().to_numpy(zero_copy_only=False).copy()) for c in chunks])
-    return [int(n) for n in total]
-
-
 def _from_cache(job: StageJob, built: Any, rows: Dataset, key: str) -> tuple[Entry | None, str]:
     """The main process reads for all, so that every rank trains on the same numbers."""
     found: list[Any] = [cache.read(key, len(rows)) if built.accelerator.is_main_process else None]
@@ -58,7 +50,8 @@ def _from_cache(job: StageJob, built: Any, rows: Dataset, key: str) -> tuple[Ent
     if entry is None:
         return None, unusable
     first = list(range(min(CHECKED_ROWS, len(rows))))
-    live = _logps(built, rows, first)
+    with _evaluating(built.model):
+        live = _logps(built, rows, first)
     worst = max(
         abs(live[side][i] - float(getattr(entry, name)[i])) / max(len(rows[i][f"{name.split('_')[1]}_ids"]), 1)
         for side, name in enumerate(NAMES)
@@ -75,24 +68,28 @@ def _from_cache(job: StageJob, built: Any, rows: Dataset, key: str) -> tuple[Ent
 def _compute(built: Any, rows: Dataset, what: str) -> Entry:
     """Every process computes its share of the batches, like lengths together, the longest first."""
     state, size = built.accelerator, WIDER * built.args.per_device_train_batch_size
-    length = lengths(rows)
-    order = sorted(range(len(rows)), key=lambda i: -length[i])
-    batches = [order[first : first + size] for first in range(0, len(order), size)]
+    batches = alike(range(len(rows)), pair_lengths(rows), size)[::-1]
     values: list[tuple[int, float, float]] = []
-    for batch in _tracked(batches[state.process_index :: state.num_processes], what):
-        values += zip(batch, *_logps(built, rows, batch), strict=True)
+    with _evaluating(built.model):
+        for batch in _tracked(batches[state.process_index :: state.num_processes], what):
+            values += zip(batch, *_logps(built, rows, batch), strict=True)
     everyone = dict((i, pair) for i, *pair in gather_object(values))
     table = torch.tensor([everyone[i] for i in range(len(rows))], dtype=torch.float32)
     return Entry(table[:, 0].contiguous(), table[:, 1].contiguous())
 
 
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    yield
+    model.train(was_training)
+
+
 def _logps(built: Any, rows: Dataset, indices: list[int]) -> tuple[list[float], list[float]]:
     """TRL's own computation, for the rows of these indices: chosen and rejected, in nats."""
-    was_training = built.model.training
-    built.model.eval()
     inputs = built._prepare_inputs(built.data_collator([rows[i] for i in indices]))
     chosen, rejected = built.compute_ref_log_probs(built.model, inputs)
-    built.model.train(was_training)
     return chosen.float().tolist(), rejected.float().tolist()
 
 
