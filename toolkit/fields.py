@@ -210,7 +210,7 @@ def _field_type(class_name: str, name: str, statement: ast.AnnAssign) -> Any:
         allowed = log_levels()
     if not allowed:
         return declared
-    literal = Literal[tuple(allowed)]
+    literal: Any = Literal[tuple(allowed)]
     return Optional[literal] if type(None) in getattr(declared, "__args__", ()) else literal
 
 

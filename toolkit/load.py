@@ -1,5 +1,6 @@
 """A recipe file to a `Recipe`: validation, and error texts that name file, line and key."""
 
+import re
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -92,6 +93,7 @@ def _text(error: Any, at: Location, data: dict[str, Any]) -> str:
 
 
 def _expected(message: str) -> str:
+    message = re.sub(r"greater than or equal to (\S+)", r"\1 or more", message)
     return message.replace("Input should be", "expected")
 
 

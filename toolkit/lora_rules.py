@@ -14,7 +14,7 @@ Say = Callable[..., Problem]
 
 NOT_BY_RANK = {
     "use_dora": "DoRA rescales whole weights",
-    "modules_to_save": "modules_to_save replaces whole modules",
+    "modules_to_save": "it replaces whole modules",
     "trainable_token_indices": "trained tokens replace rows of the embedding",
     "lora_bias": "the bias of lora_B has no rank",
     "target_parameters": "adapters of bare parameters cannot be put together",
@@ -94,8 +94,9 @@ def _initialisation(value: Any, say: Say, *at: str | int) -> Iterable[Problem]:
     if value is False:
         reason = "the policy would not start where the reference stands"
     because = f" is not supported: {reason};" if reason else ","
+    found = short(value) if reason else f"found {short(value)}"
     near = "" if reason else did_you_mean(value, ("gaussian", "orthogonal"))
-    yield say(f"{short(value)}{because} expected true, gaussian or orthogonal{near}", *at)
+    yield say(f"{found}{because} expected true, gaussian or orthogonal{near}", *at)
 
 
 def _value_problem(key: str, value: Any) -> str | None:

@@ -108,9 +108,10 @@ def _adapters(data: dict[str, Any], stages: list[dict[str, Any]], say: Say) -> I
 
 
 def _stacked(i: int, start: str, lora: dict[str, Any], made: dict[str, Any], say: Say) -> Iterable[Problem]:
-    below = made.get(start, (i, {}))[1]
-    for key, reason in (not_by_rank(below) | not_by_rank(lora)).items():
-        text = f"a new adapter cannot be stacked on that of {start} ({key}: {reason}); use adapter: continue"
+    reasons = not_by_rank(made.get(start, (i, {}))[1]) | not_by_rank(lora)
+    if reasons:
+        found = "; ".join(f"{key}: {reason}" for key, reason in reasons.items())
+        text = f"a new adapter cannot be stacked here ({found}); use adapter: continue"
         yield say(text, "stages", i, "adapter")
 
 

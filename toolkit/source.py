@@ -38,7 +38,7 @@ def read(file: Path, overrides: Iterable[str] = ()) -> tuple[dict[str, Any], Lin
 class _Loader(yaml.SafeLoader):
     """Safe YAML 1.2, as editors read it: 2e-4 is a number, and `no`, `on` and dates are text. PyYAML reads YAML 1.1."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
 
     def construct_integer(self, node: yaml.ScalarNode) -> int:
         """A whole number, of a length that one has."""
