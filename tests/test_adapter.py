@@ -124,7 +124,7 @@ def test_a_continued_dora_adapter_cannot_be_stacked_either(recipe: dict[str, Any
     sft["lora"] = {"use_dora": True}
     recipe["stages"] = [sft, {**sft, "name": "more", "adapter": "continue"}, dpo]
     del recipe["stages"][1]["lora"]
-    with pytest.raises(toolkit.ModelError, match=r"cannot be stacked here \(use_dora"):
+    with pytest.raises(toolkit.RecipeError, match=r"cannot be stacked here \(use_dora"):
         toolkit.train(write(recipe), output=tmp_path / "run")
 
 

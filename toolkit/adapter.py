@@ -23,20 +23,12 @@ from transformers import PreTrainedModel, set_seed
 
 from toolkit.chat import first_line
 from toolkit.errors import ModelError, ProofError
+from toolkit.lora_rules import not_by_rank
 from toolkit.plan import StagePlan
 
 TRAINED, START = "default", "start"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 MATRIX = re.compile(r"^base_model\.model\.(?P<module>.+)\.(?P<kind>lora_(?:embedding_)?[AB])(?P<rest>\.weight)?$")
-NOT_BY_RANK = {
-    "use_dora": "DoRA rescales whole weights",
-    "modules_to_save": "modules_to_save replaces whole modules",
-    "trainable_token_indices": "trained tokens replace rows of the embedding",
-    "lora_bias": "the bias of lora_B has no rank",
-    "target_parameters": "adapters of bare parameters cannot be put together",
-    "alora_invocation_tokens": "an activated LoRA is on for a part of the tokens only",
-    "layer_replication": "replicated layers share their base weights",
-}
 
 
 class StackedModel(PeftModelForCausalLM):
@@ -121,9 +113,7 @@ def check_stackable(config: dict[str, Any], where: str) -> None:
     Raises:
         ModelError: naming the setting, the reason and the way out.
     """
-    found = [f"{key}: {reason}" for key, reason in NOT_BY_RANK.items() if config.get(key)]
-    if config.get("bias", "none") != "none":
-        found.append("bias: it changes biases of the base")
+    found = [f"{key}: {reason}" for key, reason in not_by_rank(config).items()]
     if config.get("peft_type", "LORA") != "LORA":
         found.append(f"peft_type {config['peft_type']}: only LoRA adapters are put together by rank")
     if found:
@@ -211,7 +201,9 @@ def check_values(adapter: Path) -> None:
     broken = [key for key, tensor in weights.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise ProofError(f"the adapter holds NaN or infinite values, first in {broken[0]}; lower the learning rate")
-    if not any(tensor.any() for key, tensor in weights.items() if not _is_a(key)):
+    if not any(
+        tensor.any() for key, tensor in weights.items() if "lora_A" not in key and "lora_embedding_A" not in key
+    ):
         raise ProofError("every lora_B is zero, so the adapter changes nothing: was the learning rate zero?")
     check_initialisation(read_config(adapter), str(adapter))
 

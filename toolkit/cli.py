@@ -17,6 +17,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
     _add_reference(commands)
+    _add_schema(commands)
     return top
 
 
@@ -66,6 +67,17 @@ def _reference(args: argparse.Namespace) -> int:
     from toolkit.run import compute_reference
 
     compute_reference(recipe, output=args.output)
+    return 0
+
+
+def _add_schema(commands: Any) -> None:
+    _command(commands, "schema", "print the JSON Schema of recipes, for editors", _schema)
+
+
+def _schema(_: argparse.Namespace) -> int:
+    from toolkit.schema import schema_text
+
+    print(schema_text(), end="")
     return 0
 
 

@@ -1,11 +1,13 @@
 """What the installed TRL, PEFT and transformers accept under `trainer`, `lora` and `quantization`.
 
 The field tables are read from the installed source files, since importing `trl` takes seconds and a typo should be
-answered at once. A test proves them equal to the imported classes.
+answered at once. Tests prove them equal to the imported classes.
 """
 
 import ast
-import difflib
+import math
+import re
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,41 +15,99 @@ from typing import Any, Literal, Optional, Union
 
 from pydantic import TypeAdapter, ValidationError
 
+from toolkit.wording import did_you_mean, short
+
 _SOURCES = {
     "SFTConfig": ("trl", "trainer/sft_config.py"),
     "DPOConfig": ("trl", "trainer/dpo_config.py"),
     "_BaseConfig": ("trl", "trainer/base_config.py"),
     "TrainingArguments": ("transformers", "training_args.py"),
     "BitsAndBytesConfig": ("transformers", "utils/quantization_config.py"),
+    "AcceleratorConfig": ("transformers", "trainer_pt_utils.py"),
     "LoraConfig": ("peft", "tuners/lora/config.py"),
     "PeftConfig": ("peft", "config.py"),
     "PeftConfigMixin": ("peft", "config.py"),
+    "SchedulerType": ("transformers", "trainer_utils.py"),
+    "IntervalStrategy": ("transformers", "trainer_utils.py"),
+    "SaveStrategy": ("transformers", "trainer_utils.py"),
+    "OptimizerNames": ("transformers", "training_args.py"),
+    "INTEGRATION_TO_CALLBACK": ("transformers", "integrations/integration_utils.py"),
+    "log_levels": ("transformers", "utils/logging.py"),
+    "schedules": ("transformers", "optimization.py"),
 }
+_ENUMS = ("SchedulerType", "IntervalStrategy", "SaveStrategy", "OptimizerNames")
 _PLAIN_TYPES: dict[str, Any] = {t.__name__: t for t in (str, int, float, bool, list, dict)} | {"tuple": list}
 
 
+@dataclass(frozen=True)
+class Known:
+    """One field of an installed class."""
+
+    type: Any
+    """Python type; `Any` where the annotation names a class of the library."""
+    help: str
+    """The library's own sentence about it; may be empty."""
+
+
 @cache
-def field_types(class_name: str) -> dict[str, Any]:
-    """Field name -> Python type (`Any` where the annotation names a class of the library), without importing it."""
-    package, file = _SOURCES[class_name]
-    spec = find_spec(package)
-    assert spec is not None and spec.origin is not None, f"{package} is not installed"
-    tree = ast.parse((Path(spec.origin).parent / file).read_text(encoding="utf-8"))
-    node = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == class_name)
+def fields(class_name: str) -> dict[str, Known]:
+    """Field name -> what is known of it, read from the class's source without importing it."""
+    node = _class(class_name)
     if class_name == "BitsAndBytesConfig":  # not a dataclass: the parameters of its __init__
         return _parameters(node)
-    types: dict[str, Any] = {}
+    found: dict[str, Known] = {}
     for base in node.bases:
         if isinstance(base, ast.Name) and base.id in _SOURCES:
-            types |= field_types(base.id)
+            found |= fields(base.id)
     for statement in node.body:
-        if (
-            isinstance(statement, ast.AnnAssign)
-            and isinstance(statement.target, ast.Name)
-            and _is_init_field(statement)
-        ):
-            types[statement.target.id] = _as_type(statement.annotation)
-    return types
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and _is_init(statement):
+            name = statement.target.id
+            found[name] = Known(_field_type(class_name, name, statement), _metadata(statement).get("help", ""))
+    return found
+
+
+def field_types(class_name: str) -> dict[str, Any]:
+    """Field name -> Python type (`Any` where the annotation names a class of the library), without importing it."""
+    return {name: known.type for name, known in fields(class_name).items()}
+
+
+@cache
+def enum_values(class_name: str) -> tuple[str, ...]:
+    """The values of an installed enum, in its order."""
+    body = _class(class_name).body
+    return tuple(ast.literal_eval(statement.value) for statement in body if isinstance(statement, ast.Assign))
+
+
+@cache
+def trackers() -> tuple[str, ...]:
+    """What `report_to` may name, besides `all` and `none`."""
+    return _keys("INTEGRATION_TO_CALLBACK")
+
+
+@cache
+def log_levels() -> tuple[str, ...]:
+    """What `log_level` may name."""
+    return (*_keys("log_levels"), "passive")
+
+
+@cache
+def schedule_arguments(scheduler: str) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    """Names that `lr_scheduler_kwargs` may, and must, hold for this scheduler; `None` where it takes any."""
+    tree = _tree("schedules")
+    members = {s.targets[0].id: ast.literal_eval(s.value) for s in _class("SchedulerType").body if _is_member(s)}  # type: ignore[attr-defined]
+    table = _assigned(tree, "TYPE_TO_SCHEDULER_FUNCTION")
+    name = next(
+        function.id
+        for member, function in zip(table.keys, table.values, strict=True)
+        if isinstance(member, ast.Attribute) and isinstance(function, ast.Name) and members[member.attr] == scheduler
+    )
+    function = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == name)
+    if function.args.kwarg is not None:
+        return None
+    given = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
+    names = [argument.arg for argument in function.args.args]
+    required = names[: len(names) - len(function.args.defaults)]
+    return tuple(n for n in names if n not in given), tuple(n for n in required if n not in given)
 
 
 def problem_with(class_name: str, key: str, value: Any) -> str | None:
@@ -55,34 +115,113 @@ def problem_with(class_name: str, key: str, value: Any) -> str | None:
     types = field_types(class_name)
     if key not in types:
         return f"unknown key, {class_name} has no such field{did_you_mean(key, types)}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"found {value}, expected a finite number"
     try:
         TypeAdapter(types[key]).validate_python(value, strict=True)
     except ValidationError as error:
-        expected = " or ".join(dict.fromkeys(e["msg"].removeprefix("Input should be ") for e in error.errors()))
-        example = f", as in [{value}]" if expected == "a valid list" and isinstance(value, str) else ""
-        return f"found {value!r}, expected {expected}{example}"
+        return _mismatch(error, value)
     return None
 
 
-def did_you_mean(key: str, known: Any) -> str:
-    """`; did you mean 'beta'?`, or nothing where nothing is near."""
-    near = difflib.get_close_matches(key, [str(k) for k in known], n=1, cutoff=0.6)
-    return f"; did you mean '{near[0]}'?" if near else ""
+def _mismatch(error: ValidationError, value: Any) -> str:
+    expected = " or ".join(dict.fromkeys(e["msg"].removeprefix("Input should be ") for e in error.errors()))
+    text = f"found {short(value)}, expected {expected}"
+    if expected == "a valid list" and isinstance(value, str):
+        return f"{text}, as in [{short(value)[1:-1]}]"
+    if expected == "a valid string" and isinstance(value, int | float):
+        return f"{text}; put it in quotes"
+    if expected == "a valid boolean" and isinstance(value, str):
+        return f"{text}, which YAML 1.2 writes true or false"
+    allowed = [word for e in error.errors() if e["type"] == "literal_error" for word in re.findall("'(.*?)'", e["msg"])]
+    return text + did_you_mean(value, allowed)
 
 
-def _is_init_field(statement: ast.AnnAssign) -> bool:
+def choices(type_: Any) -> list[Any]:
+    """The values of a `Literal`, also inside a union; empty for other types."""
+    if getattr(type_, "__origin__", None) is Literal:
+        return list(type_.__args__)
+    return [value for inner in getattr(type_, "__args__", ()) for value in choices(inner)]
+
+
+# --- reading the installed sources ------------------------------------------------------------------------------------
+
+
+@cache
+def _parsed(package: str, file: str) -> ast.Module:
+    spec = find_spec(package)
+    assert spec is not None and spec.origin is not None, f"{package} is not installed"
+    return ast.parse((Path(spec.origin).parent / file).read_text(encoding="utf-8"))
+
+
+def _tree(name: str) -> ast.Module:
+    return _parsed(*_SOURCES[name])
+
+
+def _class(name: str) -> ast.ClassDef:
+    return next(n for n in _tree(name).body if isinstance(n, ast.ClassDef) and n.name == name)
+
+
+def _assigned(tree: ast.Module, name: str) -> ast.Dict:
+    statements = [n for n in tree.body if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)]
+    found = next(n.value for n in statements if n.targets[0].id == name)  # type: ignore[attr-defined]
+    assert isinstance(found, ast.Dict), f"{name} is no longer written out as a dict"
+    return found
+
+
+def _keys(name: str) -> tuple[str, ...]:
+    return tuple(ast.literal_eval(key) for key in _assigned(_tree(name), name).keys if key is not None)
+
+
+def _is_member(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)
+
+
+def _is_init(statement: ast.AnnAssign) -> bool:
     if "ClassVar" in ast.unparse(statement.annotation):
         return False
-    call = statement.value
-    keywords = call.keywords if isinstance(call, ast.Call) else []
-    return not any(k.arg == "init" and isinstance(k.value, ast.Constant) and k.value.value is False for k in keywords)
+    return not any(
+        k.arg == "init" and isinstance(k.value, ast.Constant) and k.value.value is False for k in _keywords(statement)
+    )
 
 
-def _parameters(node: ast.ClassDef) -> dict[str, Any]:
+def _keywords(statement: ast.AnnAssign) -> list[ast.keyword]:
+    return statement.value.keywords if isinstance(statement.value, ast.Call) else []
+
+
+def _metadata(statement: ast.AnnAssign) -> dict[str, Any]:
+    """The parts of `field(metadata={...})` that are written out: `help` and `choices`."""
+    found: dict[str, Any] = {}
+    for keyword in _keywords(statement):
+        if keyword.arg != "metadata" or not isinstance(keyword.value, ast.Dict):
+            continue
+        for key, value in zip(keyword.value.keys, keyword.value.values, strict=True):
+            try:
+                found[ast.literal_eval(key)] = ast.literal_eval(value)  # type: ignore[arg-type]
+            except ValueError:
+                continue  # computed when the module is imported
+    return {key: " ".join(value.replace("%%", "%").split()) if key == "help" else value for key, value in found.items()}
+
+
+def _field_type(class_name: str, name: str, statement: ast.AnnAssign) -> Any:
+    declared = _as_type(statement.annotation)
+    allowed = _metadata(statement).get("choices")
+    if name in ("log_level", "log_level_replica"):
+        allowed = log_levels()
+    if not allowed:
+        return declared
+    literal: Any = Literal[tuple(allowed)]
+    return Optional[literal] if type(None) in getattr(declared, "__args__", ()) else literal
+
+
+def _parameters(node: ast.ClassDef) -> dict[str, Known]:
     init = next(n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__")
     names = [argument.arg for argument in init.args.args[1:]]
     defaults = [ast.literal_eval(default) for default in init.args.defaults]
-    return {name: Any if default is None else type(default) for name, default in zip(names, defaults, strict=True)}
+    described = re.findall(r"^ {8}(\w+) \(.*?\):\n((?: {12}.*\n)+)", ast.get_docstring(node, clean=False) or "", re.M)
+    texts = {name: " ".join(text.split()) for name, text in described}
+    types = {name: Any if default is None else type(default) for name, default in zip(names, defaults, strict=True)}
+    return {name: Known(type_, texts.get(name, "")) for name, type_ in types.items()}
 
 
 def _as_type(node: ast.expr) -> Any:
@@ -91,8 +230,12 @@ def _as_type(node: ast.expr) -> Any:
             return None
         case ast.Constant(value=str(text)):
             return _as_type(ast.parse(text, mode="eval").body)
+        case ast.Name(id=name) if name in _ENUMS:
+            return Literal[enum_values(name)]
         case ast.Name(id=name):
             return _PLAIN_TYPES.get(name, Any)
+        case ast.BinOp(left=ast.Name(id=name), op=ast.BitOr(), right=ast.Name(id="str")) if name in _ENUMS:
+            return _as_type(node.left)  # the text is turned into the enum, so only its values will do
         case ast.BinOp(left=left, op=ast.BitOr(), right=right):
             return Union[_as_type(left), _as_type(right)]
         case ast.Subscript(value=ast.Name(id=name), slice=inner):

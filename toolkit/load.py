@@ -1,20 +1,24 @@
-"""YAML to `Recipe`: positions, `extends`, `--set` overrides, and error texts that name file, line and key."""
+"""A recipe file to a `Recipe`: validation, and error texts that name file, line and key."""
 
 import re
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from toolkit.errors import Problem, RecipeError
-from toolkit.fields import did_you_mean
+from toolkit.fields import field_types
+from toolkit.peers import what_it_is
 from toolkit.recipe import Location, Recipe, dotted, position
+from toolkit.refused import LORA_REFUSED, OTHER_NAMES
 from toolkit.rules import problems_in
+from toolkit.source import read
+from toolkit.trainer_rules import CONFIGS, refused
+from toolkit.wording import did_you_mean, kind, short
 
-MAX_BYTES = 1_000_000
-MAX_NODES = 100_000
+MAX_PROBLEMS = 100
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -28,180 +32,119 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         RecipeError: with every problem found, each with file, line and key.
     """
     file = Path(path)
-    data, lines = _read(file, seen=())
-    for override in overrides:
-        _apply_override(data, lines, override)
-    problems: list[Problem] = []
+    data, lines = read(file, overrides)
+    if other := what_it_is(data):
+        raise RecipeError([Problem(str(file), "", other)])
+    wrong: list[Any] = []
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        problems = [_problem(e, lines) for e in error.errors()]
-    problems += problems_in(data, lines)
+        wrong = error.errors(include_url=False)
+    problems = [_problem(e, data, lines) for e in wrong[:MAX_PROBLEMS]]
+    problems += islice(problems_in(data, lines), MAX_PROBLEMS)
+    problems = [_placed(p, data) for p in problems]
+    if len(problems) >= MAX_PROBLEMS:
+        problems = [*problems[:MAX_PROBLEMS], Problem(str(file), "", "and more; is this a recipe?")]
     if problems:
         raise RecipeError(problems)
     recipe._file, recipe._lines = file, lines
     return recipe
 
 
-# --- YAML with positions ---------------------------------------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 2e-4 is a number, as YAML 1.2 has it; PyYAML reads YAML 1.1, where it is text."""
-
-
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def _read(file: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[Location, str]]:
-    if file.resolve() in seen:
-        raise _error(str(file), "extends", "the files extend each other in a circle")
-    lines: dict[Location, str] = {}
-    data = _construct(file, _text(file), lines)
-    if not isinstance(data, dict):
-        raise _error(f"{file}:1", "", f"found {_kind(data)}, expected a mapping with model and stages; see recipes/")
-    parent = data.pop("extends", None)
-    if parent is not None and not isinstance(parent, str):
-        raise _error(lines[("extends",)], "extends", f"found {_kind(parent)}, expected the name of a recipe file")
-    _resolve_paths(data, file.parent)
-    if parent is None:
-        return data, lines
-    base, base_lines = _read(file.parent / parent, (*seen, file.resolve()))
-    return _merge(base, data), base_lines | lines
-
-
-def _text(file: Path) -> str:
-    try:
-        raw = file.read_bytes()
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise _error(str(file), "", f"cannot be read ({reason}); expected a recipe file") from None
-    if len(raw) > MAX_BYTES:
-        raise _error(str(file), "", f"{len(raw):,} bytes; a recipe has at most {MAX_BYTES:,}. Is this a data file?")
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise _error(f"{file}:{line}", "", f"byte {raw[error.start]:#x} is not UTF-8; save the file as UTF-8") from None
-
-
-def _construct(file: Path, text: str, lines: dict[Location, str]) -> Any:
-    loader = _Loader(text)
-    loader.name = str(file)
-    try:
-        node = loader.get_single_node()
-        return None if node is None else _value(loader, node, (), file, lines)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else str(file)
-        text = " ".join(part for part in (error.context, error.problem) if part)
-        raise _error(where, "", f"not valid YAML: {text}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise _error(str(file), "", f"not valid YAML: {error}") from None
-    except RecursionError:
-        raise _error(str(file), "", "nested too deeply to be a recipe") from None
-    finally:
-        loader.dispose()
-
-
-def _value(loader: _Loader, node: yaml.Node, at: Location, file: Path, lines: dict[Location, str]) -> Any:
-    line = f"{file}:{node.start_mark.line + 1}"
-    lines.setdefault(at, line)
-    if len(lines) > MAX_NODES:
-        raise _error(line, dotted(at), f"more than {MAX_NODES:,} values; expected a recipe")
-    if isinstance(node, yaml.SequenceNode):
-        return [_value(loader, item, (*at, i), file, lines) for i, item in enumerate(node.value)]
-    if not isinstance(node, yaml.MappingNode):
-        return loader.construct_object(node)
-    written = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-    loader.flatten_mapping(node)
-    result: dict[Any, Any] = {}
-    for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        where = f"{file}:{key_node.start_mark.line + 1}"
-        if not isinstance(key, str):
-            raise _error(where, dotted(at), f"the key {key!r} is {_kind(key)}, expected text; put it in quotes")
-        if written.count(key) > 1:
-            raise _error(where, dotted((*at, key)), "the key stands here twice; remove one")
-        lines[(*at, key)] = where
-        result[key] = _value(loader, value_node, (*at, key), file, lines)
-    return result
-
-
-def _merge(base: Any, over: Any) -> Any:
-    """Mappings merge key by key; everything else, lists included, is replaced."""
-    if isinstance(base, dict) and isinstance(over, dict):
-        return base | {key: _merge(base[key], value) if key in base else value for key, value in over.items()}
-    return over
-
-
-def _resolve_paths(value: Any, folder: Path) -> None:
-    """`./x` and `../x` mean: beside the recipe file that says so, wherever the command is run."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, item in items:
-        if isinstance(item, str) and item.startswith(("./", "../")):
-            value[key] = str((folder / item).resolve())
-        else:
-            _resolve_paths(item, folder)
-
-
-def _apply_override(data: dict[str, Any], lines: dict[Location, str], override: str) -> None:
-    where = f"--set {override}"
-    path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise _error(where, "", "expected key=value, as in --set stages.dpo.trainer.beta=0.2")
-    value = _construct(Path("--set"), text, {})
-    *parents, last = path.split(".")
-    target: Any = data
-    at: Location = ()
-    for part in [*parents, last]:
-        key = _step(target, part, where, at)
-        at = (*at, key)
-        if len(at) <= len(parents):
-            if isinstance(target, dict) and target.get(key) is None:
-                target[key] = {}
-            target = target[key]
-    target[at[-1]] = value
-    lines[at] = where
-
-
-def _step(target: Any, part: str, where: str, at: Location) -> str | int:
-    if isinstance(target, dict):
-        return part
-    if not isinstance(target, list):
-        raise _error(where, dotted(at), f"holds {_kind(target)}, so it has no key {part!r}")
-    names = [item.get("name", item.get("type")) if isinstance(item, dict) else None for item in target]
-    if part in names:
-        return names.index(part)
-    if part.isdigit() and int(part) < len(target):
-        return int(part)
-    known = [str(name) for name in names if name is not None] or [str(i) for i in range(len(target))]
-    raise _error(
-        where, dotted(at), f"nothing is named {part!r} here; found {', '.join(known)}{did_you_mean(part, known)}"
-    )
-
-
 # --- error texts -----------------------------------------------------------------------------------------------------
 
 
-def _problem(error: Any, lines: dict[Location, str]) -> Problem:
+def _problem(error: Any, data: dict[str, Any], lines: dict[Location, str]) -> Problem:
     at = tuple("from" if part == "from_" else part for part in error["loc"])
-    found = error["input"]
+    return Problem(position(lines, at), dotted(at)[:300], _text(error, at, data))
+
+
+def _text(error: Any, at: Location, data: dict[str, Any]) -> str:
+    found, context = error["input"], error.get("ctx", {})
+    what = f"found {kind(found)}" + ("" if isinstance(found, dict | list) or found is None else f" {short(found)}")
     match error["type"]:
         case "extra_forbidden":
-            known = _known_keys(at[:-1])
-            text = f"unknown key{did_you_mean(str(at[-1]), known)} Expected one of: {', '.join(known)}"
-            text = text.replace("unknown key Expected", "unknown key. Expected")
+            return _unknown(str(at[-1]), at[:-1], data)
         case "missing":
-            text = "is missing; the recipe needs it"
+            return "is missing; the recipe needs it"
         case "value_error":
-            text = str(error["ctx"]["error"])
-        case _:
-            text = f"found {_kind(found)} {_short(found)}, {error['msg'].replace('Input should be', 'expected')}"
-    return Problem(position(lines, at), dotted(at), text)
+            return str(context["error"])
+        case "list_type":
+            return f"{what}, expected a list: each entry begins with a dash"
+        case "too_short":
+            return "is empty, expected at least one entry"
+        case "string_too_short":
+            return "is empty, expected text"
+        case "model_type" | "model_attributes_type":
+            return f"{what}, expected a mapping of {', '.join(_known_keys(at))}"
+        case "dict_type":
+            return f"{what}, expected a mapping"
+        case "string_pattern_mismatch":
+            form = "owner/name" if at[-1] == "repo_id" else "letters, digits, dots, dashes and underscores"
+            return f"{what}, expected {form}"
+        case "literal_error":
+            allowed = [word.strip("'") for word in context["expected"].replace(" or ", ", ").split(", ")]
+            return f"{what}, {_expected(error['msg'])}{did_you_mean(found, allowed)}"
+        case "string_type" if isinstance(found, int | float):
+            return f"{what}, {_expected(error['msg'])}; put it in quotes"
+        case "bool_type" if isinstance(found, str):
+            return f"{what}, expected true or false"
+    return f"{what}, {_expected(error['msg'])}"
+
+
+def _expected(message: str) -> str:
+    message = re.sub(r"greater than or equal to (\S+)", r"\1 or more", message)
+    return message.replace("Input should be", "expected")
+
+
+def _unknown(key: str, at: Location, data: dict[str, Any]) -> str:
+    known = _known_keys(at)
+    expected = f"Expected one of: {', '.join(known)}"
+    if home := _home(key, at, data):
+        return f"unknown key; it belongs under {home}"
+    if key in OTHER_NAMES:
+        return f"unknown key: {OTHER_NAMES[key]}. {expected}"
+    meant = did_you_mean(key, known)
+    return f"unknown key{meant} {expected}" if meant else f"unknown key. {expected}"
+
+
+def _placed(problem: Problem, data: dict[str, Any]) -> Problem:
+    """Say of a key that no installed class knows under `trainer`, `lora` or `quantization` where it belongs."""
+    if ", as in" in problem.text or not problem.text.startswith("unknown key, "):
+        return problem
+    *_, key = problem.key.split(".")
+    at: Location = ()
+    if problem.key.startswith("stages["):
+        at = ("stages", int(problem.key[len("stages[") : problem.key.index("]")]), problem.key.split(".")[1])
+    elif "." in problem.key:
+        at = (problem.key.split(".")[0],)
+    home = _home(key, at, data)
+    return Problem(problem.where, problem.key, f"unknown key; it belongs under {home}") if home else problem
+
+
+def _home(key: str, at: Location, data: dict[str, Any]) -> str | None:
+    """Where a recipe has exactly this key, seen from the place where it stands wrongly."""
+    stages = data.get("stages")
+    stages = [s if isinstance(s, dict) else {} for s in stages] if isinstance(stages, list) else []
+    inside = at[1] if len(at) > 1 and at[0] == "stages" else None
+    numbers = [inside] if isinstance(inside, int) else [*range(len(stages))]
+    for i in numbers:
+        stage_type = str(stages[i].get("type")) if i < len(stages) else ""
+        config = CONFIGS.get(stage_type)
+        if config and key in field_types(config) and key not in refused(stage_type) and at[2:] != ("trainer",):
+            return f"stages[{i}].trainer"
+        if inside is not None and len(at) > 2 and key in _known_keys(("stages", i)) and key not in ("name", "lora"):
+            return f"stages[{i}]"
+    if at[:1] != ("lora",) and at[2:] != ("lora",) and key in field_types("LoraConfig") and key not in LORA_REFUSED:
+        return "lora"
+    if at != ("quantization",) and key in field_types("BitsAndBytesConfig"):
+        return "quantization"
+    for place, model in (("model", "model"), ("hub", "hub"), ("evaluate", "evaluate")):
+        if at != (place,) and key in _known_keys((model,)) and key not in ("revision", "data", "name"):
+            return place
+    if at and key in _known_keys(()):
+        return "the top of the recipe"
+    return None
 
 
 def _known_keys(at: Location) -> list[str]:
@@ -222,24 +165,3 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((found for arg in get_args(annotation) if (found := _model_in(arg)) is not None), None)
-
-
-def _kind(value: Any) -> str:
-    names = {
-        dict: "a mapping",
-        list: "a list",
-        str: "text",
-        bool: "a boolean",
-        int: "a whole number",
-        float: "a number",
-    }
-    return "nothing" if value is None else names.get(type(value), type(value).__name__)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _error(where: str, key: str, text: str) -> RecipeError:
-    return RecipeError([Problem(where, key, text)])

@@ -23,7 +23,7 @@ def _as_list(value: Any) -> Any:
 class Strict(BaseModel):
     """Unknown keys are errors, values keep their YAML type, nothing changes after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
 class Model(Strict):
@@ -72,7 +72,7 @@ class Source(Strict):
         return self
 
 
-Sources = Annotated[list[Source], BeforeValidator(_as_list)]
+Sources = Annotated[list[Source], BeforeValidator(_as_list, json_schema_input_type=str | Source | list[str | Source])]
 
 
 class Stage(Strict):

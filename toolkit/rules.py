@@ -4,208 +4,131 @@ from collections.abc import Iterable
 from typing import Any
 
 from toolkit.errors import Problem
-from toolkit.fields import did_you_mean, problem_with
+from toolkit.fields import field_types, problem_with
+from toolkit.lora_rules import Say, lora_problems, merged_problems, not_by_rank
 from toolkit.recipe import Location, dotted, position
+from toolkit.trainer_rules import trainer_problems
+from toolkit.wording import did_you_mean, short
 
-OWNED_BY_TOOLKIT = {
-    "output_dir": "use --output",
-    "overwrite_output_dir": "use --fresh",
-    "resume_from_checkpoint": "an interrupted stage resumes by itself",
-    "seed": "set seed at the top of the recipe",
-    "model_init_kwargs": "use the recipe's model section",
-    "trust_remote_code": "set model.trust_remote_code",
-    "chat_template_path": "set model.chat_template",
-    "eos_token": "the tokenizer's own end token is used; set model.chat_template",
-    "pad_token": "the tokenizer's own padding token is used",
-    "dataset_text_field": "use columns: {text: ...} in the data source",
-    "dataset_kwargs": "the toolkit prepares the data itself",
-    "remove_unused_columns": "the toolkit prepares the data itself",
-    "disable_tqdm": "progress is live on a terminal and plain lines elsewhere",
-    "precompute_ref_log_probs": "the toolkit decides where reference log-probs come from",
-    "precompute_ref_batch_size": "the toolkit decides where reference log-probs come from",
-    "do_train": "stages are trained",
-    "do_eval": "give the stage eval_data",
-    "do_predict": "use the evaluate section",
-    "push_to_hub": "use the hub section",
-    "hub_model_id": "use the hub section",
-    "hub_token": "run `hf auth login`, or set HF_TOKEN; a token never belongs in a recipe",
-    "hub_strategy": "use the hub section",
-    "hub_private_repo": "use the hub section",
-    "hub_always_push": "use the hub section",
-    "hub_revision": "use the hub section",
-    "local_rank": "hardware never enters a recipe; use accelerate launch",
-    "use_cpu": "hardware never enters a recipe; use accelerate launch --cpu",
-    "fsdp": "hardware never enters a recipe; use an accelerate config file",
-    "fsdp_config": "hardware never enters a recipe; use an accelerate config file",
-    "ddp_timeout": "the toolkit lets processes wait for hours, as the main one tokenizes and verifies for all",
-    "ddp_backend": "hardware never enters a recipe; accelerate chooses it",
-    "deepspeed": "hardware never enters a recipe; use an accelerate config file",
-    "parallelism_config": "hardware never enters a recipe; use an accelerate config file",
-}
-REFUSED_IN_DPO = {
-    "padding_free": "DPOConfig accepts it and TRL ignores it; remove it",
-    "sync_ref_model": "the reference is the frozen start of the stage; TRL cannot move it under LoRA; remove it",
-    "truncation_mode": "only keep_start, its default, leaves the shared prompt in place; remove it",
-}
-LOSS_TYPES = [
-    "sigmoid",
-    "hinge",
-    "ipo",
-    "exo_pair",
-    "nca_pair",
-    "robust",
-    "bco_pair",
-    "sppo_hard",
-    "aot",
-    "aot_unpaired",
-    "apo_zero",
-    "apo_down",
-    "discopop",
-    "sft",
-    "sigmoid_norm",
-]
-BOUNDS: dict[str, tuple[float, str]] = {
-    "learning_rate": (0, "0 or more"),
-    "num_train_epochs": (0, "0 or more"),
-    "per_device_train_batch_size": (1, "1 or more"),
-    "per_device_eval_batch_size": (1, "1 or more"),
-    "gradient_accumulation_steps": (1, "1 or more"),
-    "max_length": (2, "2 or more tokens"),
-}
-LORA_OWNED = {
-    "task_type": "it is CAUSAL_LM",
-    "peft_type": "it is LORA",
-    "auto_mapping": "PEFT sets it",
-    "peft_version": "PEFT sets it",
-    "base_model_name_or_path": "set model.name_or_path",
-    "revision": "set model.revision",
-    "inference_mode": "the toolkit sets it",
-}
-REWRITES_BASE = (
-    "it rewrites the base weights, so `adapter off` is no longer the base and the saved adapter fits no base"
-)
-INITIALISATIONS = {
-    "pissa": REWRITES_BASE,
-    "olora": REWRITES_BASE,
-    "corda": REWRITES_BASE,
-    "loftq": REWRITES_BASE,
-    "lora_ga": REWRITES_BASE,
-    "eva": "it needs a pass over the data that the toolkit does not make",
-    "mica": "it trains a variant whose adapters cannot be put together by rank",
+QUANTIZED_TYPES = {
+    "bnb_4bit_compute_dtype": ("bfloat16", "float16", "float32"),
+    "bnb_4bit_quant_storage": ("uint8", "int8", "float16", "bfloat16", "float32", "float64"),
 }
 
 
 def problems_in(data: dict[str, Any], lines: dict[Location, str]) -> Iterable[Problem]:
     """Problems of the passed-through fields and between fields, in data that may be wrong in other ways as well."""
 
-    def problem(text: str, *at: str | int) -> Problem:
+    def say(text: str, *at: str | int) -> Problem:
         return Problem(position(lines, at), dotted(at), text)
 
-    quantization = _mapping(data.get("quantization"))
+    yield from _quantization(_mapping(data.get("quantization")), say)
+    yield from lora_problems(_mapping(data.get("lora")), say, "lora")
+    stages = data.get("stages")
+    stages = [_mapping(entry) for entry in stages] if isinstance(stages, list) else []
+    earlier: list[str] = []
+    for i, stage in enumerate(stages):
+        yield from _start(stage, earlier, say, "stages", i)
+        if isinstance(stage.get("trainer"), dict):
+            yield from trainer_problems(stage, say, "stages", i, "trainer")
+        yield from lora_problems(_mapping(stage.get("lora")), say, "stages", i, "lora")
+        earlier.append(_name(stage))
+    yield from _adapters(data, stages, say)
+
+
+def _quantization(quantization: dict[str, Any], say: Say) -> Iterable[Problem]:
     for key, value in quantization.items():
         if wrong := problem_with("BitsAndBytesConfig", key, value):
-            yield problem(wrong, "quantization", key)
-    if quantization.get("bnb_4bit_quant_type", "nf4") not in ("nf4", "fp4"):
-        text = f"found {quantization['bnb_4bit_quant_type']!r}, expected nf4 or fp4"
-        yield problem(text, "quantization", "bnb_4bit_quant_type")
+            yield say(wrong, "quantization", key)
+        elif key in QUANTIZED_TYPES and value is not None and value not in QUANTIZED_TYPES[key]:
+            allowed = QUANTIZED_TYPES[key]
+            text = f"found {short(value)}, expected {', '.join(allowed)}{did_you_mean(value, allowed)}"
+            yield say(text, "quantization", key)
+        elif key == "bnb_4bit_quant_type" and value not in ("nf4", "fp4"):
+            yield say(f"found {value!r}, expected nf4 or fp4", "quantization", key)
+        elif key.startswith("bnb_4bit_") and quantization.get("load_in_4bit") is not True:
+            yield say("is ignored without load_in_4bit: true", "quantization", key)
+        elif key in ("llm_int8_threshold", "llm_int8_has_fp16_weight") and quantization.get("load_in_8bit") is not True:
+            yield say("is ignored without load_in_8bit: true", "quantization", key)
     if quantization.get("load_in_4bit") and quantization.get("load_in_8bit"):
-        yield problem("8-bit and 4-bit together; keep one of them", "quantization", "load_in_8bit")
-    yield from _check_lora(_mapping(data.get("lora")), problem, "lora")
-    earlier: list[str] = []
-    stages = data.get("stages")
-    for i, entry in enumerate(stages if isinstance(stages, list) else []):
-        stage = _mapping(entry)
-        yield from _check_start(stage, earlier, problem, "stages", i)
-        yield from _check_trainer(stage, problem, "stages", i, "trainer")
-        yield from _check_lora(_mapping(stage.get("lora")), problem, "stages", i, "lora")
-        earlier.append(str(stage.get("name", stage.get("type"))))
+        yield say("8-bit and 4-bit together; keep one of them", "quantization", "load_in_8bit")
+    known = set(quantization) & set(field_types("BitsAndBytesConfig"))
+    if known and not {"load_in_4bit", "load_in_8bit"} & known:
+        yield say("neither load_in_4bit nor load_in_8bit is set; nothing would be quantized", "quantization")
 
 
-def _check_start(stage: dict[str, Any], earlier: list[str], problem: Any, *at: str | int) -> Iterable[Problem]:
-    name, start = stage.get("name", stage.get("type")), stage.get("from")
+def _start(stage: dict[str, Any], earlier: list[str], say: Say, *at: str | int) -> Iterable[Problem]:
+    name, start = _name(stage), stage.get("from")
     if name in earlier:
-        yield problem(f"two stages are named {name!r}; give each stage its own name", *at, "name")
-    if name in ("base", "adapter", "adapter.partial") or str(name).endswith(".previous"):
-        yield problem(f"{name!r} has a meaning of its own in a run; choose another name", *at, "name")
+        yield say(f"two stages are named {name!r}; give each stage its own name", *at, "name")
+    if name in ("base", "adapter", "adapter.partial") or name.endswith(".previous"):
+        yield say(f"{name!r} has a meaning of its own in a run; choose another name", *at, "name")
     known = ["base", *earlier]
     if isinstance(start, str) and "/" not in start and start not in known:
-        text = (
-            f"no earlier stage is named {start!r}; found {', '.join(known)}; or give an adapter's path, as in ./adapter"
-        )
-        yield problem(text + did_you_mean(start, known), *at, "from")
+        found = ", ".join(known)
+        text = f"no earlier stage is named {start!r}; found {found}; or give an adapter's path, as in ./adapter"
+        yield say(text + did_you_mean(start, known), *at, "from")
     if stage.get("type") == "sft":
         for key in ("reference", "prefix_sharing"):
             if key in stage:
-                yield problem("is for dpo stages; sft has no reference and no pairs", *at, key)
+                yield say("is for dpo stages; sft has no reference and no pairs", *at, key)
     if stage.get("adapter") == "continue":
         if start == "base" or (start is None and not earlier):
-            yield problem("there is no adapter to continue: the stage starts from the base", *at, "adapter")
+            yield say("there is no adapter to continue: the stage starts from the base", *at, "adapter")
         if stage.get("lora") is not None:
             text = "an adapter that is continued keeps its own LoRA settings; remove lora, or use adapter: new"
-            yield problem(text, *at, "lora")
+            yield say(text, *at, "lora")
 
 
-def _check_trainer(stage: dict[str, Any], problem: Any, *at: str | int) -> Iterable[Problem]:
-    trainer = _mapping(stage.get("trainer"))
-    config = {"sft": "SFTConfig", "dpo": "DPOConfig"}.get(str(stage.get("type")))
-    refused = OWNED_BY_TOOLKIT | (REFUSED_IN_DPO if config == "DPOConfig" else {})
-    for key, value in trainer.items():
-        if key in refused:
-            yield problem(f"is not for a recipe's trainer: {refused[key]}", *at, key)
-        elif config and (wrong := problem_with(config, key, value)):
-            yield problem(wrong, *at, key)
-    yield from _check_values(trainer, config, problem, *at)
-    yield from _check_combinations(stage, trainer, config, problem, *at)
+def _adapters(data: dict[str, Any], stages: list[dict[str, Any]], say: Say) -> Iterable[Problem]:
+    """Rules about the LoRA fields that a stage gets from the recipe and from itself, and from the stage below it."""
+    shared = _mapping(data.get("lora"))
+    said: set[tuple[Any, ...]] = set()
+    made: dict[str, tuple[int, dict[str, Any]]] = {}  # stage -> which stage made its adapter, and with what
+    for i, stage in enumerate(stages):
+        own = _mapping(stage.get("lora"))
+        lora = shared | own
+        start = stage.get("from") or (_name(stages[i - 1]) if i else "base")
+        if stage.get("adapter") == "continue":
+            if start in made:
+                made[_name(stage)] = made[start]
+            continue
+
+        def say_at(key: str, text: str, own: dict[str, Any] = own, i: int = i) -> Problem:
+            return say(text, "stages", i, "lora", key) if key in own else say(text, "lora", key)
+
+        found = [*merged_problems(lora, say_at), *_activated(stage, lora, say_at)]
+        if start != "base" and isinstance(start, str):
+            found += _stacked(i, start, lora, made, say)
+        for problem in found:
+            if (problem.key, problem.text) not in said:
+                said.add((problem.key, problem.text))
+                yield problem
+        made[_name(stage)] = (i, lora)
 
 
-def _check_values(trainer: dict[str, Any], config: str | None, problem: Any, *at: str | int) -> Iterable[Problem]:
-    for key, (least, text) in BOUNDS.items():
-        value = trainer.get(key)
-        if isinstance(value, int | float) and value < least:
-            yield problem(f"found {value}, expected {text}", *at, key)
-    loss_types = trainer.get("loss_type")
-    for name in loss_types if config == "DPOConfig" and isinstance(loss_types, list) else []:
-        if name not in LOSS_TYPES:
-            text = f"found {name!r}, expected some of {', '.join(LOSS_TYPES)}{did_you_mean(str(name), LOSS_TYPES)}"
-            yield problem(text, *at, "loss_type")
-    if isinstance(trainer.get("beta"), int | float) and trainer["beta"] <= 0:
-        yield problem(f"found {trainer['beta']}, expected more than 0, or it prefers what was rejected", *at, "beta")
+def _stacked(i: int, start: str, lora: dict[str, Any], made: dict[str, Any], say: Say) -> Iterable[Problem]:
+    reasons = not_by_rank(made.get(start, (i, {}))[1]) | not_by_rank(lora)
+    if reasons:
+        found = "; ".join(f"{key}: {reason}" for key, reason in reasons.items())
+        text = f"a new adapter cannot be stacked here ({found}); use adapter: continue"
+        yield say(text, "stages", i, "adapter")
 
 
-def _check_combinations(
-    stage: dict[str, Any], trainer: dict[str, Any], config: str | None, problem: Any, *at: str | int
-) -> Iterable[Problem]:
-    packing = trainer.get("packing")
-    if packing and "max_length" in trainer and trainer["max_length"] is None:
-        yield problem("packing needs a max_length to fill", *at, "max_length")
-    if packing and trainer.get("padding_free"):
-        yield problem("packed rows have no padding to be free of; remove it", *at, "padding_free")
-    if trainer.get("eval_packing") and not packing:
-        yield problem("evaluation rows are packed with packing: true only", *at, "eval_packing")
-    shared = config == "DPOConfig" and stage.get("prefix_sharing", True)
-    if isinstance(trainer.get("pad_to_multiple_of"), int) and (packing or shared):
-        way_out = "remove it, or " + ("packing" if packing else "set prefix_sharing: false")
-        yield problem(f"packed and shared rows are not padded to a multiple; {way_out}", *at, "pad_to_multiple_of")
-    if trainer.get("eval_strategy", "no") not in ("no", False) and not stage.get("eval_data"):
-        yield problem("evaluation is asked for without eval_data", *at, "eval_strategy")
+def _activated(stage: dict[str, Any], lora: dict[str, Any], say_at: Any) -> Iterable[Problem]:
+    if not lora.get("alora_invocation_tokens"):
+        return
+    because = "PEFT counts from the end of each row where the adapter begins to act"
+    if stage.get("type") == "dpo" and stage.get("prefix_sharing", True) is not False:
+        text = f"{because}, and shared prompts move that; set prefix_sharing: false in stage {_name(stage)}"
+        yield say_at("alora_invocation_tokens", text)
+    if stage.get("type") == "sft" and _mapping(stage.get("trainer")).get("packing"):
+        text = f"{because}, and packing moves that; remove packing in stage {_name(stage)}"
+        yield say_at("alora_invocation_tokens", text)
 
 
-def _check_lora(lora: dict[str, Any], problem: Any, *at: str | int) -> Iterable[Problem]:
-    for key, value in lora.items():
-        if key in LORA_OWNED:
-            yield problem(f"is not for a recipe: {LORA_OWNED[key]}", *at, key)
-        elif key == "init_lora_weights" and value not in (True, "gaussian", "orthogonal"):
-            reason = INITIALISATIONS.get(str(value).split("_niter")[0].lower())
-            if value is False:
-                reason = "the policy would not start where the reference stands"
-            because = f" is not supported: {reason};" if reason else ","
-            yield problem(f"{value!r}{because} expected true, gaussian or orthogonal", *at, key)
-        elif wrong := problem_with("LoraConfig", key, value):
-            yield problem(wrong, *at, key)
-        elif key == "r" and value < 1:
-            yield problem(f"found {value}, expected a rank of 1 or more", *at, key)
-        elif key == "lora_dropout" and not 0 <= value < 1:
-            yield problem(f"found {value}, expected a share from 0 to below 1", *at, key)
+def _name(stage: dict[str, Any]) -> str:
+    return str(stage.get("name", stage.get("type")))
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -1,0 +1,42 @@
+"""How problems with a value are worded: what kind of thing was found, in short, and what was probably meant."""
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+LONGEST_KEY = 80  # characters; nobody misspells a word of that length
+KINDS = {
+    dict: "a mapping",
+    list: "a list",
+    str: "text",
+    bool: "a boolean",
+    int: "a whole number",
+    float: "a number",
+}
+
+
+def kind(value: Any) -> str:
+    """`a mapping`, `text`, `a whole number`, ...; `nothing` for `None`."""
+    return "nothing" if value is None else KINDS.get(type(value), type(value).__name__)
+
+
+def short(value: Any) -> str:
+    """The value as Python writes it, at most 60 characters of it."""
+    if isinstance(value, str | bytes) and len(value) > 60:
+        value = value[:60]
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def near(key: Any, known: Iterable[Any], cutoff: float = 0.6) -> str | None:
+    """The known word that is nearest to this one, if any is near."""
+    if not isinstance(key, str) or len(key) > LONGEST_KEY:
+        return None
+    found = difflib.get_close_matches(key, [str(k) for k in known], n=1, cutoff=cutoff)
+    return found[0] if found else None
+
+
+def did_you_mean(key: Any, known: Iterable[Any]) -> str:
+    """`; did you mean 'beta'?`, or nothing where nothing is near."""
+    found = near(key, known)
+    return f"; did you mean '{found}'?" if found else ""
