@@ -93,6 +93,8 @@ def _command(commands: Any, name: str, text: str, run: Callable[[argparse.Namesp
 def _takes_recipe(command: argparse.ArgumentParser) -> None:
     command.add_argument("recipe", metavar="RECIPE", help="the YAML file")
     command.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="any value")
+    command.add_argument("--trust-remote-code", action="store_true", help="run the code of a base that has its own")
+    command.add_argument("--allow-pickle", action="store_true", help="load base weights that are not safetensors")
 
 
 def _takes_output(command: argparse.ArgumentParser) -> None:
@@ -103,7 +105,7 @@ def _recipe(args: argparse.Namespace) -> Any:
     """The recipe that is asked for, before torch is imported: a typo is answered at once."""
     from toolkit.load import load_recipe
 
-    return load_recipe(args.recipe, args.overrides)
+    return load_recipe(args.recipe, args.overrides, args.trust_remote_code, args.allow_pickle)
 
 
 def _quiet() -> None:

@@ -19,14 +19,23 @@ from toolkit.trainer_rules import CONFIGS, refused
 from toolkit.wording import did_you_mean, kind, short
 
 MAX_PROBLEMS = 100
+REMOTE_CODE = (
+    "the recipe asks to run Python code that comes with the base; read that code, then allow it with "
+    "--trust-remote-code on the command line"
+)
 
 
-def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(
+    path: str | Path, overrides: Iterable[str] = (), trust_remote_code: bool = False, allow_pickle: bool = False
+) -> Recipe:
     """Read, merge, override and validate a recipe. Imports neither torch nor trl.
 
     Args:
         path: The YAML file.
         overrides: `--set` expressions such as `stages.dpo.trainer.beta=0.2`; stages are named by name or index.
+        trust_remote_code: Whoever runs the recipe trusts the code that comes with its base; a recipe that asks for it
+            is refused otherwise, since recipes are passed around.
+        allow_pickle: Load base weights that are there as pickles only, which can run code, not as safetensors.
 
     Raises:
         RecipeError: with every problem found, each with file, line and key.
@@ -43,12 +52,20 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     problems = [_problem(e, data, lines) for e in wrong[:MAX_PROBLEMS]]
     problems += islice(problems_in(data, lines), MAX_PROBLEMS)
     problems = [_placed(p, data) for p in problems]
+    if not trust_remote_code and _asks_for_remote_code(data):
+        at: Location = ("model", "trust_remote_code")
+        problems.append(Problem(position(lines, at), dotted(at), REMOTE_CODE))
     if len(problems) >= MAX_PROBLEMS:
         problems = [*problems[:MAX_PROBLEMS], Problem(str(file), "", "and more; is this a recipe?")]
     if problems:
         raise RecipeError(problems)
-    recipe._file, recipe._lines = file, lines
+    recipe._file, recipe._lines, recipe._allow_pickle = file, lines, allow_pickle
     return recipe
+
+
+def _asks_for_remote_code(data: dict[str, Any]) -> bool:
+    model = data.get("model")
+    return isinstance(model, dict) and model.get("trust_remote_code") is True
 
 
 # --- error texts -----------------------------------------------------------------------------------------------------

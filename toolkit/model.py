@@ -45,10 +45,20 @@ def load_base(recipe: Recipe, hardware: Hardware) -> PreTrainedModel:
             revision=model.revision,
             dtype=getattr(torch, model_dtype(recipe, hardware)),
             trust_remote_code=model.trust_remote_code,
+            use_safetensors=None if recipe.allow_pickle else True,
             **settings,
         )
     except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"{recipe.where('model')}: cannot load {model.name_or_path!r}: {first_line(error)}") from error
+        way_out = (
+            ""
+            if "safetensors" not in str(error)
+            else (
+                " Weights are loaded from safetensors only; convert them, or allow pickles, which can run code, with "
+                "--allow-pickle"
+            )
+        )
+        where = recipe.where("model", "name_or_path")
+        raise ModelError(f"{where}: cannot load {model.name_or_path!r}: {first_line(error)}{way_out}") from error
     if quantized:
         _keep_4bit_weights(base)
     else:

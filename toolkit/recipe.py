@@ -40,7 +40,7 @@ class Model(Strict):
     chat_template: str | None = None
     """Name of a template (`chatml`, `zephyr`, or one that TRL ships, such as `llama3`), or a `.jinja` file."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model."""
+    """Run Python code that comes with the model; `--trust-remote-code` must be given as well."""
 
 
 class Source(Strict):
@@ -157,6 +157,12 @@ class Recipe(Strict):
 
     _file: Path = PrivateAttr(default=Path("recipe.yaml"))
     _lines: dict[Location, str] = PrivateAttr(default_factory=dict)
+    _allow_pickle: bool = PrivateAttr(default=False)
+
+    @property
+    def allow_pickle(self) -> bool:
+        """Whether base weights may be loaded from pickles, as whoever runs the recipe decides."""
+        return self._allow_pickle
 
     @property
     def file(self) -> Path:
