@@ -117,6 +117,8 @@ def _value(key: str, value: Any) -> str | None:
         return f"found {short(value)}, expected {', '.join(DIVERGENCES)}{did_you_mean(value, DIVERGENCES)}"
     if key == "report_to":
         return _trackers(value)
+    if key == "accelerator_config" and isinstance(value, str):
+        return f"found {short(value)}, expected a mapping: a recipe is one file"
     if key == "accelerator_config" and isinstance(value, dict):
         wrong = [text for inner, v in value.items() if (text := problem_with("AcceleratorConfig", inner, v))]
         return f"{next(iter(value))}: {wrong[0]}" if wrong and len(value) == 1 else wrong[0] if wrong else None
