@@ -57,35 +57,14 @@ def answer(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> An
     ("old", "new", "expected"),
     [
         ("  r: 4", "  r: [4", "recipe.yaml:6:7: not valid YAML: while parsing a flow sequence expected ',' or ']'"),
-        ("lora:", "lora: &a\n  <<: *b", "recipe.yaml:5:7: not valid YAML: found undefined alias 'b'"),
         ("lora:", "lorra:", "recipe.yaml:4: lorra: unknown key; did you mean 'lora'?"),
-        ("dtype: float32", "dype: float32", "recipe.yaml:3: model.dype: unknown key; did you mean 'dtype'?"),
-        ("    trainer:", "    trainr:", "recipe.yaml:9: stages[0].trainr: unknown key; did you mean 'trainer'?"),
-        ("dtype: float32", "dtype: 32", "recipe.yaml:3: model.dtype: found a whole number 32, expected 'auto', 'bfloat16'"),
-        ("r: 4", "r: four", "recipe.yaml:5: lora.r: found 'four', expected a valid integer"),
-        ("r: 4", "lora_alfa: 4", "recipe.yaml:5: lora.lora_alfa: unknown key, LoraConfig has no such field; did you mean 'lora_alpha'?"),
-        ("r: 4", "init_lora_weights: pissa", "recipe.yaml:5: lora.init_lora_weights: 'pissa' is not supported: it rewrites the base"),
         ("learning_rate", "learning_rat", "recipe.yaml:10: stages[0].trainer.learning_rat: unknown key, SFTConfig has no such field; did you mean 'learning_rate'?"),
         ("beta: 0.1", "bta: 0.1", "recipe.yaml:17: stages[1].trainer.bta: unknown key, DPOConfig has no such field; did you mean 'beta'?"),
-        ("beta: 0.1", "beta: high", "recipe.yaml:17: stages[1].trainer.beta: found 'high', expected a valid number"),
-        ("beta: 0.1", "output_dir: here", "recipe.yaml:17: stages[1].trainer.output_dir: is not for a recipe's trainer: use --output"),
-        ("beta: 0.1", "padding_free: true", "recipe.yaml:17: stages[1].trainer.padding_free: is not for a recipe's trainer: DPOConfig accepts it and TRL ignores it"),
-        ("beta: 0.1", "eval_strategy: steps", "recipe.yaml:17: stages[1].trainer.eval_strategy: evaluation is asked for without eval_data"),
-        ("type: dpo", "type: sft", "recipe.yaml:14: stages[1].name: two stages are named 'sft'"),
-        ("type: dpo", "type: dpo\n    from: stf", "recipe.yaml:15: stages[1].from: no earlier stage is named 'stf'; found base, sft"),
-        ("type: dpo", "type: ppo", "recipe.yaml:14: stages[1].type: found text 'ppo', expected 'sft' or 'dpo'"),
         ("  - type: dpo", "  - adapter: continue", "recipe.yaml:14: stages[1].name: is missing"),
-        ("lora:", "quantization: {{load_in_4bit: true, load_in_8bit: true}}\nlora:", "recipe.yaml:4: quantization.load_in_8bit: 8-bit and 4-bit together"),
-        ("r: 4", "r: 0", "recipe.yaml:5: lora.r: found 0, expected a rank of 1 or more"),
-        ("beta: 0.1", "beta: -0.1", "recipe.yaml:17: stages[1].trainer.beta: found -0.1, expected more than 0"),
-        ("beta: 0.1", "loss_type: sigmoid", "recipe.yaml:17: stages[1].trainer.loss_type: found 'sigmoid', expected a valid list, as in [sigmoid]"),
-        ("beta: 0.1", "gradient_accumulation_steps: 0", "recipe.yaml:17: stages[1].trainer.gradient_accumulation_steps: found 0, expected 1 or more"),
-        ("beta: 0.1", "pad_to_multiple_of: 8", "recipe.yaml:17: stages[1].trainer.pad_to_multiple_of: packed and shared rows are not padded"),
-        ("learning_rate: 1.0e-2", "packing: true\n      max_length: null", "recipe.yaml:11: stages[0].trainer.max_length: packing needs a max_length to fill"),
-        ("  r: 4", "  r: 4\n  r: 8", "recipe.yaml:5: lora.r: the key stands here twice"),
     ],
 )  # fmt: skip
 def test_a_defect_in_the_recipe(answer: Any, old: str, new: str, expected: str) -> None:
+    """A few, from the command line; `tests/bad_recipes` holds the others."""
     assert expected in answer(old, new)
 
 
@@ -100,10 +79,7 @@ def test_a_defect_in_the_recipe(answer: Any, old: str, new: str, expected: str) 
         ("dpo.jsonl", "blank.jsonl", "recipe.yaml:15: stages[1].data: no row is left to train on (1 empty answer)"),
         ("dtype: float32", "chat_template: chatm", "recipe.yaml:3: model.chat_template: no template is named 'chatm'"),
         ("r: 4", "target_modules: [q_prj]", "recipe.yaml:5: lora.target_modules: Target modules {{'q_prj'}} not found in the base model."),
-        ("learning_rate: 1.0e-2", "lr_scheduler_type: cosin", "recipe.yaml:9: stages[0].trainer: cosin is not a valid SchedulerType"),
         ("beta: 0.1", "report_to: tensorboard", "recipe.yaml:16: stages[1].trainer: TensorBoardCallback requires tensorboard"),
-        ("beta: 0.1", "loss_type: [sigmod]", "recipe.yaml:17: stages[1].trainer.loss_type: found 'sigmod', expected some of sigmoid, hinge"),
-        ("r: 4", "use_dora: true", "recipe.yaml:14: stages[1].adapter: a new adapter cannot be stacked here (use_dora"),
     ],
 )  # fmt: skip
 def test_a_defect_in_what_the_recipe_names(answer: Any, tmp_path: Path, old: str, new: str, expected: str) -> None:
@@ -170,6 +146,9 @@ def test_a_full_disk(answer: Any, base: Path, tmp_path: Path) -> None:
         ("stages.dop.trainer.beta=0.2", "--set stages.dop.trainer.beta=0.2: stages: nothing is named 'dop' here; found sft, dpo; did you mean 'dpo'?"),
         ("stages.dpo.trainer.bta=0.2", "stages[1].trainer.bta: unknown key, DPOConfig has no such field; did you mean 'beta'?"),
         ("seed", "expected key=value"),
+        ("seed=[1", "--set seed=[1: not valid YAML: while parsing a flow sequence"),
+        ("lora.init_lora_weights=pissa", "--set lora.init_lora_weights=pissa: lora.init_lora_weights: 'pissa' is not supported"),
+        ("stages.5.trainer.beta=0.2", "stages: nothing is named '5' here; found sft, dpo"),
         ("model.dtype.x=1", "model.dtype: holds text, so it has no key 'x'"),
     ],
 )  # fmt: skip

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from toolkit import fields
 from toolkit.fields import field_types, problem_with
 
 PACKAGE = Path(__file__).parent.parent / "toolkit"
@@ -60,7 +61,9 @@ def test_the_lower_layers_import_nothing_heavy(module: str) -> None:
     assert not {name.split(".")[0] for name in imports(PACKAGE / f"{module}.py")} & HEAVY
 
 
-@pytest.mark.parametrize("arguments", ["--help", "--version", "train --help", "train recipes/quickstart/nothing.yaml"])
+@pytest.mark.parametrize(
+    "arguments", ["--help", "--version", "train --help", "schema", "train recipes/quickstart/nothing.yaml"]
+)
 def test_the_command_line_answers_without_torch(arguments: str) -> None:
     code = f"""
 import sys
@@ -89,14 +92,84 @@ def test_the_field_tables_are_those_of_the_installed_classes(name: str) -> None:
     import trl
 
     installed = getattr(peft if name == "LoraConfig" else trl, name)
-    fields = {field.name: field for field in dataclasses.fields(installed) if field.init}
-    assert set(field_types(name)) == set(fields)
-    for key, field in fields.items():  # every default fits the type that was read from the source
+    declared = {field.name: field for field in dataclasses.fields(installed) if field.init}
+    assert set(field_types(name)) == set(declared)
+    for key, field in declared.items():  # every default fits the type that was read from the source
         default = field.default if field.default is not dataclasses.MISSING else None
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         plain = isinstance(default, str | int | float | bool | list | dict) and type(default).__module__ == "builtins"
         assert not plain or problem_with(name, key, default) is None
+
+
+def test_the_names_of_enums_are_those_of_the_installed_transformers() -> None:
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
+    from transformers.training_args import OptimizerNames, trainer_log_levels
+
+    for enum in (IntervalStrategy, SaveStrategy, SchedulerType, OptimizerNames):
+        assert fields.enum_values(enum.__name__) == tuple(member.value for member in enum)
+    assert fields.trackers() == tuple(INTEGRATION_TO_CALLBACK)
+    assert fields.log_levels() == tuple(trainer_log_levels)
+
+
+@pytest.mark.parametrize("name", ["SFTConfig", "DPOConfig", "AcceleratorConfig"])
+def test_choices_and_help_are_those_of_the_installed_classes(name: str) -> None:
+    import trl
+    from transformers.trainer_pt_utils import AcceleratorConfig
+
+    installed = AcceleratorConfig if name == "AcceleratorConfig" else getattr(trl, name)
+    assert set(fields.fields(name)) == {field.name for field in dataclasses.fields(installed) if field.init}
+    for field in dataclasses.fields(installed):
+        if allowed := field.metadata.get("choices"):
+            assert [c for c in fields.choices(fields.field_types(name)[field.name]) if c is not None] == list(allowed)
+        if field.init and "help" in field.metadata:
+            assert fields.fields(name)[field.name].help == " ".join(field.metadata["help"].replace("%%", "%").split())
+
+
+def test_the_arguments_of_schedules_are_those_of_the_installed_transformers() -> None:
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+
+    given = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+    for name, function in TYPE_TO_SCHEDULER_FUNCTION.items():
+        parameters = dict(inspect.signature(function).parameters)
+        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            assert fields.schedule_arguments(name.value) is None
+            continue
+        required = {k for k, p in parameters.items() if p.default is p.empty}
+        allowed, needed = fields.schedule_arguments(name.value) or ((), ())
+        assert (set(allowed), set(needed)) == (set(parameters) - given, required - given)
+
+
+def test_what_the_rules_know_of_trl_and_plan_is_so() -> None:
+    from trl import DPOTrainer
+
+    from toolkit import loss_rules, plan, trainer_rules
+
+    source = inspect.getsource(DPOTrainer)
+    divergences = re.findall(r'f_divergence_type == "(\w+)"', source)
+    assert sorted(loss_rules.DIVERGENCES) == sorted(divergences)
+    (with_divergence,) = re.findall(r"f_divergence_loss_types = (\{.*?\})", source)
+    assert ast.literal_eval(with_divergence) == loss_rules.WITH_DIVERGENCE
+    reported = set(re.findall(r'_metrics\[mode\]\["([\w/]+)"\]', source)) - {"aux_loss"}
+    assert reported <= set(trainer_rules.METRICS["dpo"])
+    assert plan.EVAL_DEFAULTS["eval_steps"] == trainer_rules.DEFAULT_EVAL_STEPS
+    assert plan.KEEPING_DEFAULTS["save_steps"] == trainer_rules.DEFAULT_SAVE_STEPS
+    for stage_type in ("sft", "dpo"):
+        defaults = plan.TRAINER_DEFAULTS[stage_type] | plan.KEEPING_DEFAULTS | plan.EVAL_DEFAULTS
+        stage = {"type": stage_type, "eval_data": ["x"], "trainer": defaults}
+        assert list(trainer_rules.trainer_problems(stage, lambda text, *at: (text, at), "trainer")) == []
+
+
+@pytest.mark.parametrize("name", ["SFTConfig", "DPOConfig"])
+def test_every_refused_field_is_one_that_somebody_could_write(name: str) -> None:
+    from toolkit.refused import LORA_REFUSED, OTHER_NAMES, OWNED_BY_TOOLKIT, REFUSED_IN_DPO
+
+    both = set(field_types("SFTConfig")) | set(field_types("DPOConfig"))
+    assert set(OWNED_BY_TOOLKIT) - both == {"overwrite_output_dir"}  # which transformers 4 had
+    assert set(REFUSED_IN_DPO) <= set(field_types("DPOConfig"))
+    assert set(LORA_REFUSED) <= set(field_types("LoraConfig"))
+    assert not set(OTHER_NAMES) & (set(field_types(name)) | set(field_types("LoraConfig")))
 
 
 def test_the_loss_types_are_those_of_the_installed_trl() -> None:

@@ -78,6 +78,8 @@ def _values(config: str, name: str) -> dict[str, Any]:
         case (("SFTConfig" | "DPOConfig"), "report_to"):
             names = {"enum": ["none", "all", *trackers()]}
             return {"anyOf": [names, {"type": "array", "items": names}, {"type": "null"}]}
+        case (("SFTConfig" | "DPOConfig"), "accelerator_config"):
+            return _or_null(_fields("AcceleratorConfig", {}))
         case "BitsAndBytesConfig", "bnb_4bit_quant_type":
             return {"enum": ["nf4", "fp4"]}
     return {}

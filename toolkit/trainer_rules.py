@@ -83,7 +83,7 @@ def trainer_problems(stage: dict[str, Any], say: Say, *at: str | int) -> Iterabl
     for key, value in trainer.items():
         if key in no:
             yield say(f"is not for a recipe's trainer: {no[key]}", *at, key)
-        elif wrong := _unknown(config, key) or (config and problem_with(config, key, value)) or _value(key, value):
+        elif wrong := _unknown(config, key) or problem_with(config or _either(key), key, value) or _value(key, value):
             yield say(wrong, *at, key)
         else:
             fine[key] = value
@@ -96,6 +96,11 @@ def trainer_problems(stage: dict[str, Any], say: Say, *at: str | int) -> Iterabl
 
 Found = Iterable[tuple[str, str]]
 """Key and text of a problem."""
+
+
+def _either(key: str) -> str:
+    """The class that has this field, for a stage whose type is not known."""
+    return "SFTConfig" if key in field_types("SFTConfig") else "DPOConfig"
 
 
 def _unknown(config: str | None, key: str) -> str | None:
@@ -117,6 +122,8 @@ def _value(key: str, value: Any) -> str | None:
         return f"found {short(value)}, expected {', '.join(DIVERGENCES)}{did_you_mean(value, DIVERGENCES)}"
     if key == "report_to":
         return _trackers(value)
+    if key == "accelerator_config" and isinstance(value, str):
+        return f"found {short(value)}, expected a mapping: a recipe is one file"
     if key == "accelerator_config" and isinstance(value, dict):
         wrong = [text for inner, v in value.items() if (text := problem_with("AcceleratorConfig", inner, v))]
         return f"{next(iter(value))}: {wrong[0]}" if wrong and len(value) == 1 else wrong[0] if wrong else None
@@ -125,8 +132,11 @@ def _value(key: str, value: Any) -> str | None:
         return (
             f"{short(unknown[0])} is no argument of checkpointing{_of(unknown[0], CHECKPOINTING)}" if unknown else None
         )
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        return None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return _number(key, value) if is_number else None
+
+
+def _number(key: str, value: float) -> str | None:
     if key in BOUNDS and value < BOUNDS[key][0]:
         return f"found {short(value)}, expected {BOUNDS[key][1]}"
     if key in ABOVE_ZERO and value <= 0:
