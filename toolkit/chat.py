@@ -77,17 +77,21 @@ def tokenize_messages(row: Row, tokenizer: PreTrainedTokenizerBase, template: st
 
 
 def tokenize_prompt_completion(row: Row, tokenizer: PreTrainedTokenizerBase) -> Row:
-    """`{"prompt", "completion"}`, both text or both messages, to `input_ids`, `labels`, each `(seq,)`."""
+    """`{"prompt", "completion"}`, both text or both messages, to `input_ids`, `labels`, each `(seq,)`.
+
+    `merged` is the number of the prompt's last tokens that are others once the completion follows; they are trained.
+    """
     prompt, (ids,) = _prompt_and_full(row, ["completion"], tokenizer)
     start = common_prefix(prompt, ids)
-    return {"input_ids": ids, "labels": [IGNORED] * start + ids[start:]}
+    return {"input_ids": ids, "labels": [IGNORED] * start + ids[start:], "merged": len(prompt) - start}
 
 
 def tokenize_preference(row: Row, tokenizer: PreTrainedTokenizerBase) -> Row:
-    """`{"prompt", "chosen", "rejected"}` to `prompt_ids`, `chosen_ids`, `rejected_ids`, each `(seq,)`."""
+    """`{"prompt", "chosen", "rejected"}` to `prompt_ids`, `chosen_ids`, `rejected_ids`, each `(seq,)`, and `merged`."""
     prompt, (chosen, rejected) = _prompt_and_full(row, ["chosen", "rejected"], tokenizer)
     start = min(common_prefix(prompt, chosen), common_prefix(prompt, rejected))
-    return {"prompt_ids": prompt[:start], "chosen_ids": chosen[start:], "rejected_ids": rejected[start:]}
+    ids = {"prompt_ids": prompt[:start], "chosen_ids": chosen[start:], "rejected_ids": rejected[start:]}
+    return ids | {"merged": len(prompt) - start}
 
 
 def tokenize_prompt(prompt: str | list[Row], tokenizer: PreTrainedTokenizerBase, **arguments: Any) -> list[int]:

@@ -5,6 +5,7 @@ import difflib
 import hashlib
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -21,10 +22,11 @@ from toolkit.plan import StagePlan
 from toolkit.recipe import Recipe, Source
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-_TOKENS, _STATUS = datasets.List(datasets.Value("int64")), {"status": datasets.Value("string")}
+_TOKENS, _FACTS = datasets.List(datasets.Value("int64")), ("length", "supervised", "merged")
+_TOLD = {"status": datasets.Value("string")} | dict.fromkeys(_FACTS, datasets.Value("int64"))
 IDS = {
-    "sft": datasets.Features(dict.fromkeys(("input_ids", "labels"), _TOKENS) | _STATUS),
-    "dpo": datasets.Features(dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), _TOKENS) | _STATUS),
+    "sft": datasets.Features(dict.fromkeys(("input_ids", "labels"), _TOKENS) | _TOLD),
+    "dpo": datasets.Features(dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), _TOKENS) | _TOLD),
 }
 KEPT, TRUNCATED = "kept", "truncated"
 EMPTY, NO_ROOM, NO_ASSISTANT = "empty answer", "prompt fills max_length", "no assistant turn"
@@ -42,6 +44,22 @@ class Counts:
 
 
 @dataclass(frozen=True)
+class SourceRows:
+    """One source of a stage: its rows as loaded, and row for row what became of them."""
+
+    where: str
+    shape: str
+    rows: Dataset
+    """Renamed and drawn, in the source's own columns."""
+    numbers: Sequence[int]
+    """For each row its number in the source, counted from 0."""
+    tokens: Dataset
+    """Token ids, with `status` (kept, truncated, or why the row is dropped), `length` and `supervised` (tokens before
+    the row is cut; of a pair, `length` is its longer sequence's) and `merged` (prompt tokens that the answer changes).
+    """
+
+
+@dataclass(frozen=True)
 class StageData:
     """Tokenized rows of one stage.
 
@@ -55,6 +73,8 @@ class StageData:
     eval_counts: Counts | None
     steps_rows: int
     digest: str
+    sources: list[SourceRows]
+    eval_sources: list[SourceRows]
 
 
 def prepare(recipe: Recipe, plan: StagePlan, tokenizer: Any) -> StageData:
@@ -65,10 +85,10 @@ def prepare(recipe: Recipe, plan: StagePlan, tokenizer: Any) -> StageData:
         ModelError: rows with messages, and a tokenizer without a chat template.
     """
     stage = recipe.stages[plan.index]
-    train, counts = _tokenized(recipe, plan, stage.data, "data", tokenizer)
-    eval_rows, eval_counts = None, None
+    train, counts, sources = _tokenized(recipe, plan, stage.data, "data", tokenizer)
+    eval_rows, eval_counts, eval_sources = None, None, []
     if stage.eval_data:
-        eval_rows, eval_counts = _tokenized(recipe, plan, stage.eval_data, "eval_data", tokenizer)
+        eval_rows, eval_counts, eval_sources = _tokenized(recipe, plan, stage.eval_data, "eval_data", tokenizer)
     return StageData(
         train=train,
         eval=eval_rows,
@@ -76,11 +96,18 @@ def prepare(recipe: Recipe, plan: StagePlan, tokenizer: Any) -> StageData:
         eval_counts=eval_counts,
         steps_rows=len(packing.pack(plan, train) if plan.trainer.get("packing") else train),
         digest=content_digest(train) + (content_digest(eval_rows) if eval_rows else ""),
+        sources=sources,
+        eval_sources=eval_sources,
     )
 
 
 def load_source(source: Source, where: str, seed: int) -> Dataset:
-    """The rows of one source, renamed and drawn, with their own columns otherwise.
+    """The rows of one source, renamed and drawn, with their own columns otherwise; see `load_numbered`."""
+    return load_numbered(source, where, seed)[0]
+
+
+def load_numbered(source: Source, where: str, seed: int) -> tuple[Dataset, Sequence[int]]:
+    """The rows of one source, renamed and drawn, and the number that each has in the source, counted from 0.
 
     Raises:
         DataError: nothing there, not readable, empty, or a renamed column that is missing.
@@ -95,9 +122,10 @@ def load_source(source: Source, where: str, seed: int) -> Dataset:
     if len(rows) == 0:
         raise DataError(f"{where}: {source.path!r} has no rows in split {source.split!r}")
     wanted = min(source.limit or len(rows), round(len(rows) * (source.fraction or 1)) or 1)
-    if wanted < len(rows):
-        rows = rows.select(sorted(random.Random(seed).sample(range(len(rows)), wanted)))
-    return rows
+    if wanted == len(rows):
+        return rows, range(len(rows))
+    numbers = sorted(random.Random(seed).sample(range(len(rows)), wanted))
+    return rows.select(numbers), numbers
 
 
 def content_digest(rows: Dataset) -> str:
@@ -154,30 +182,32 @@ def _nearby(path: Path) -> str:
 
 def _tokenized(
     recipe: Recipe, plan: StagePlan, sources: list[Source], key: str, tokenizer: Any
-) -> tuple[Dataset, Counts]:
+) -> tuple[Dataset, Counts, list[SourceRows]]:
     parts: list[Dataset] = []
+    told: list[SourceRows] = []
     status: Counter[str] = Counter()
     for i, source in enumerate(sources):
         where = recipe.where("stages", plan.index, key, i, "path")
-        rows = load_source(source, where, recipe.seed)
+        rows, numbers = load_numbered(source, where, recipe.seed)
         shape = recognise(source, rows.column_names, plan.type, where)
-        rows = _map(rows, shape, plan, tokenizer, where)
-        status.update(rows["status"])
-        kept = rows.filter(lambda s: s in (KEPT, TRUNCATED), input_columns="status")
-        parts.append(kept.remove_columns("status"))
+        tokens = _map(rows, shape, plan, tokenizer, where, numbers=numbers)
+        status.update(tokens["status"])
+        kept = tokens.filter(lambda s: s in (KEPT, TRUNCATED), input_columns="status")
+        parts.append(kept.remove_columns(list(_TOLD)))
+        told.append(SourceRows(where, shape, rows, numbers, tokens))
     train = concatenate_datasets(parts)
     dropped = {reason: n for reason, n in status.items() if reason not in (KEPT, TRUNCATED)}
     if len(train) == 0:
         reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items())
         raise DataError(f"{recipe.where('stages', plan.index, key)}: no row is left to train on ({reasons})")
     tokens, supervised = _count_tokens(train, plan.type)
-    return train, Counts(len(train), tokens, supervised, status[TRUNCATED], dropped)
+    return train, Counts(len(train), tokens, supervised, status[TRUNCATED], dropped), told
 
 
-def _map(rows: Dataset, shape: str, plan: StagePlan, tokenizer: Any, where: str) -> Dataset:
+def _map(rows: Dataset, shape: str, plan: StagePlan, tokenizer: Any, where: str, *, numbers: Sequence[int]) -> Dataset:
     settings = plan.trainer
     turns = shape in ("messages", "sharegpt")
-    if _talks(rows, shape) and not tokenizer.chat_template:
+    if talks(rows, shape) and not tokenizer.chat_template:
         raise ModelError(
             f"{where}: the rows are conversations, and the base's tokenizer has no chat template; "
             f"set model.chat_template, as in chat_template: chatml"
@@ -196,6 +226,7 @@ def _map(rows: Dataset, shape: str, plan: StagePlan, tokenizer: Any, where: str)
             "tokenizer": tokenizer,
             "template": template,
             "where": where,
+            "numbers": numbers,
             "whole_row": whole_row,
             "max_length": plan.max_length,
             "keep_end": settings.get("truncation_mode") == "keep_end",
@@ -219,7 +250,7 @@ def _code() -> str:
     return sha.hexdigest() + version("transformers") + version("trl") + version("tokenizers")
 
 
-def _talks(rows: Dataset, shape: str) -> bool:
+def talks(rows: Dataset, shape: str) -> bool:
     """Whether the rows of this shape become messages, for which a chat template is needed."""
     columns = rows.column_names
     if shape in ("messages", "sharegpt") or "instruction" in columns:
@@ -230,7 +261,7 @@ def _talks(rows: Dataset, shape: str) -> bool:
 def _sft_ids(
     row: Row, index: int, *, shape: str, tokenizer: Any, template: str | None, where: str, **settings: Any
 ) -> Row:
-    nothing: Row = {"input_ids": [], "labels": []}
+    nothing: Row = {"input_ids": [], "labels": []} | dict.fromkeys(_FACTS, 0)
     try:
         known = to_sft(row, shape)
         if known is None:
@@ -248,36 +279,43 @@ def _sft_ids(
                 known |= {"prompt": prompt, "completion": [last]}
             ids = chat.tokenize_prompt_completion(known, tokenizer)
     except Exception as error:
-        raise _row_error(where, index, error) from error
+        raise _row_error(where, settings["numbers"][index], error) from error
     if settings["whole_row"]:
         ids["labels"] = list(ids["input_ids"])
-    elif all(label == chat.IGNORED for label in ids["labels"]):
+    facts = {"length": len(ids["input_ids"]), "supervised": _supervised(ids), "merged": ids.pop("merged", 0)}
+    if not facts["supervised"]:
         return nothing | {"status": NO_ASSISTANT}
     limit = settings["max_length"]
-    if limit is None or len(ids["input_ids"]) <= limit:
-        return ids | {"status": KEPT}
+    if limit is None or facts["length"] <= limit:
+        return ids | facts | {"status": KEPT}
     if settings["packing"]:
-        return ids | {"status": TRUNCATED}  # packing cuts or splits the row itself
+        return ids | facts | {"status": TRUNCATED}  # packing cuts or splits the row itself
     kept = slice(-limit, None) if settings["keep_end"] else slice(limit)
     ids = {name: values[kept] for name, values in ids.items()}
-    supervised = any(label != chat.IGNORED for label in ids["labels"])
-    return ids | {"status": TRUNCATED} if supervised else nothing | {"status": NO_ROOM}
+    return ids | facts | {"status": TRUNCATED} if _supervised(ids) else nothing | facts | {"status": NO_ROOM}
 
 
-def _preference_ids(row: Row, index: int, *, tokenizer: Any, where: str, max_length: int | None, **_: Any) -> Row:
-    nothing: Row = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
+def _supervised(ids: Row) -> int:
+    return sum(label != chat.IGNORED for label in ids["labels"])
+
+
+def _preference_ids(
+    row: Row, index: int, *, tokenizer: Any, where: str, numbers: Sequence[int], max_length: int | None, **_: Any
+) -> Row:
+    nothing: Row = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []} | dict.fromkeys(_FACTS, 0)
     try:
         known = to_preference(row)
         if known is None:
             return nothing | {"status": EMPTY}
         ids = chat.tokenize_preference(known | formats.for_template(row), tokenizer)
     except Exception as error:
-        raise _row_error(where, index, error) from error
-    prompt = len(ids["prompt_ids"])
+        raise _row_error(where, numbers[index], error) from error
+    prompt, chosen, rejected = (len(ids[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    facts = {"length": prompt + max(chosen, rejected), "supervised": chosen + rejected, "merged": ids.pop("merged")}
     if max_length is not None and prompt >= max_length:
-        return nothing | {"status": NO_ROOM}
-    longest = prompt + max(len(ids["chosen_ids"]), len(ids["rejected_ids"]))
-    return ids | {"status": TRUNCATED if max_length is not None and longest > max_length else KEPT}
+        return nothing | facts | {"status": NO_ROOM}
+    cut = max_length is not None and facts["length"] > max_length
+    return ids | facts | {"status": TRUNCATED if cut else KEPT}
 
 
 def _row_error(where: str, index: int, error: Exception) -> DataError:
