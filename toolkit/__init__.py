@@ -16,9 +16,6 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 # transformers would have the Hub convert weights that are pickles, from a pull request that anyone may open
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
-# torch reads this with its first large CPU tensor: memory in pages of 2 MB takes half the system time of 4 KB ones
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
 __all__ = [
     "DataError",
     "ModelError",
