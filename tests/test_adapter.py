@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import toolkit
@@ -134,3 +135,13 @@ def test_continue_trains_an_adapter_that_cannot_be_stacked(recipe: dict[str, Any
     result = toolkit.train(write(recipe), output=tmp_path / "run")
     assert adapter.read_config(result.output / "adapter")["use_dora"] is True
     assert result.stages["dpo"]["proof"]["policy_vs_reference"] == 0.0
+
+
+def test_whole_modules_are_trained_where_nothing_is_stacked(recipe: dict[str, Any], write: Any, tmp_path: Path) -> None:
+    recipe["stages"] = recipe["stages"][1:]
+    recipe["lora"]["modules_to_save"] = ["lm_head"]
+    result = toolkit.train(write(recipe), output=tmp_path / "run")
+    trained = load_file(result.output / "adapter" / "adapter_model.safetensors")["base_model.model.lm_head.weight"]
+    tied = load_file(Path(recipe["model"]["name_or_path"]) / "model.safetensors")["model.embed_tokens.weight"]
+    assert trained.shape == tied.shape
+    assert not torch.equal(trained, tied)

@@ -60,7 +60,7 @@ def answer(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> An
         ("lora:", "lorra:", "recipe.yaml:4: lorra: unknown key; did you mean 'lora'?"),
         ("learning_rate", "learning_rat", "recipe.yaml:10: stages[0].trainer.learning_rat: unknown key, SFTConfig has no such field; did you mean 'learning_rate'?"),
         ("beta: 0.1", "bta: 0.1", "recipe.yaml:17: stages[1].trainer.bta: unknown key, DPOConfig has no such field; did you mean 'beta'?"),
-        ("  - type: dpo", "  - adapter: continue", "recipe.yaml:14: stages[1].name: is missing"),
+        ("  - type: dpo", "  - adapter: continue", "recipe.yaml:14: stages[1].type: is missing"),
     ],
 )  # fmt: skip
 def test_a_defect_in_the_recipe(answer: Any, old: str, new: str, expected: str) -> None:

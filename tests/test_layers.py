@@ -172,6 +172,15 @@ def test_every_refused_field_is_one_that_somebody_could_write(name: str) -> None
     assert not set(OTHER_NAMES) & (set(field_types(name)) | set(field_types("LoraConfig")))
 
 
+@pytest.mark.parametrize("name", ["SFTTrainer", "DPOTrainer"])
+def test_the_installed_trl_refuses_an_adapter_on_the_head(name: str) -> None:
+    """Why `lora_rules` refuses it in both kinds of stages; once TRL trains it, the rule goes."""
+    import trl
+
+    source = inspect.getsource(getattr(trl, name))
+    assert "isinstance(model.get_output_embeddings(), BaseTunerLayer)" in source
+
+
 def test_the_loss_types_are_those_of_the_installed_trl() -> None:
     from trl import DPOTrainer
 

@@ -33,6 +33,14 @@ def test_yaml_reads_numbers_as_numbers(write: Any, text: str) -> None:
     assert recipe.stages[0].trainer["learning_rate"] == 0.0002
 
 
+def test_yaml_is_read_as_editors_read_it(write: Any) -> None:
+    """YAML 1.2: `no` is text, as `save_strategy: no` means it; 010 is ten; dates are text."""
+    text = SMALL.replace("{learning_rate: 2e-4}", "{save_strategy: no, max_steps: 010}")
+    recipe = toolkit.load_recipe(write(text.replace("some/model", "some/model, revision: 2026-11-23")))
+    assert recipe.stages[0].trainer == {"save_strategy": "no", "max_steps": 10}
+    assert recipe.model.revision == "2026-11-23"
+
+
 def test_a_dotted_path_is_relative_to_the_recipe(write: Any, tmp_path: Path) -> None:
     recipe = toolkit.load_recipe(write(SMALL.replace("some/model", "./model").replace("rows.jsonl", "../rows.jsonl")))
     assert recipe.model.name_or_path == str(tmp_path / "model")

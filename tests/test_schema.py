@@ -40,7 +40,7 @@ def test_the_shipped_file_is_current(capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize("file", FILES, ids=[f"{file.parent.name}/{file.stem}" for file in FILES])
 def test_a_shipped_recipe_fits_and_names_its_schema(file: Path) -> None:
     text = file.read_text(encoding="utf-8")
-    assert answers(yaml.safe_load(text.replace(": no\n", ": 'no'\n"))) == []
+    assert answers(yaml.safe_load(text)) == []
     name = text.splitlines()[0].removeprefix("# yaml-language-server: $schema=")
     assert (file.parent / name).samefile(RECIPES / "recipe.schema.json")
 

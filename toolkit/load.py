@@ -49,6 +49,8 @@ def load_recipe(
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
         wrong = error.errors(include_url=False)
+    untyped = {e["loc"][:-1] for e in wrong if e["loc"][-1:] == ("type",)}  # a stage's name defaults to its type
+    wrong = [e for e in wrong if not (e["type"] == "missing" and e["loc"][-1] == "name" and e["loc"][:-1] in untyped)]
     problems = [_problem(e, data, lines) for e in wrong[:MAX_PROBLEMS]]
     problems += islice(problems_in(data, lines), MAX_PROBLEMS)
     problems = [_placed(p, data) for p in problems]

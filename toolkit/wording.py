@@ -28,11 +28,15 @@ def short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def near(key: Any, known: Iterable[Any], cutoff: float = 0.6) -> str | None:
-    """The known word that is nearest to this one, if any is near."""
+def near(key: Any, known: Iterable[Any]) -> str | None:
+    """The known word that is nearest to this one, or that it begins, if any is near."""
     if not isinstance(key, str) or len(key) > LONGEST_KEY:
         return None
-    found = difflib.get_close_matches(key, [str(k) for k in known], n=1, cutoff=cutoff)
+    words = [str(k) for k in known]
+    found = difflib.get_close_matches(key, words, n=1, cutoff=0.8)
+    if not found and len(key) > 3:
+        found = [word for word in words if word.startswith(key)]
+    found = found or difflib.get_close_matches(key, words, n=1, cutoff=0.6)
     return found[0] if found else None
 
 
