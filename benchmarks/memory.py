@@ -2,10 +2,11 @@
 
     python benchmarks/memory.py [--only NAME ...] [--out FOLDER] [--allocator fixed|default]
 
-Each setting is a process of its own. It first trains a tiny model, so that every library is loaded and warm; what counts
-is the peak of resident memory (`VmHWM`, reset through `/proc/self/clear_refs`) beyond that point, over the whole stage
+Each setting is a process of its own. It first trains a tiny model, so that every library is loaded and warm; what
+counts is the peak of resident memory (`VmHWM`, reset through `/proc/self/clear_refs`) beyond that point, over the whole stage
 and over the training loop alone. With `--allocator fixed`, blocks over 128 kB go back to the system when they are freed
-(`MALLOC_MMAP_THRESHOLD_`), so that tensors are measured rather than what glibc keeps for later; `default` is glibc's own.
+(`MALLOC_MMAP_THRESHOLD_`), so that tensors are measured rather than what glibc keeps for later;
+`default` is glibc's own.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def recipe(setting: Setting, folder: Path) -> Path:
     base = make_model(folder / "model", setting.shape, setting.dtype)
     lengths = SFT_ROWS if setting.kind == "sft" else LONG_PROMPTS
     make_rows(folder / "rows.jsonl", setting.kind, STEPS * setting.batch, lengths)
-    content = _recipe(setting.kind, base, folder / "rows.jsonl", setting.dtype, setting.batch, setting.checkpointing)
+    content = _recipe(setting, base, folder / "rows.jsonl")
     if setting.bits:
         content["quantization"] = {f"load_in_{setting.bits}bit": True}
     if not setting.sharing:
@@ -81,12 +82,16 @@ def recipe(setting: Setting, folder: Path) -> Path:
     return file
 
 
-def _recipe(kind: str, base: Path, rows: Path, dtype: str, batch: int, checkpointing: bool) -> dict[str, Any]:
-    trainer = {"per_device_train_batch_size": batch, "gradient_checkpointing": checkpointing, "save_strategy": "no"}
+def _recipe(setting: Setting, base: Path, rows: Path) -> dict[str, Any]:
+    trainer = {
+        "per_device_train_batch_size": setting.batch,
+        "gradient_checkpointing": setting.checkpointing,
+        "save_strategy": "no",
+    }
     return {
-        "model": {"name_or_path": str(base), "dtype": dtype},
+        "model": {"name_or_path": str(base), "dtype": setting.dtype},
         "lora": {"r": 16, "lora_alpha": 32},
-        "stages": [{"type": kind, "data": str(rows), "trainer": trainer}],
+        "stages": [{"type": setting.kind, "data": str(rows), "trainer": trainer}],
     }
 
 
@@ -99,9 +104,9 @@ def one(setting: Setting, folder: Path) -> dict[str, Any]:
 
     import torch
 
-    from toolkit import dpo, estimate, load_recipe, model, prepare, rundir, run, trainer
+    from toolkit import dpo, estimate, load_recipe, model, prepare, run, rundir, trainer
 
-    warm = _recipe(setting.kind, QUICKSTART / "base", folder / "warm.jsonl", "float32", 2, setting.checkpointing)
+    warm = _recipe(replace(setting, dtype="float32", batch=2), QUICKSTART / "base", folder / "warm.jsonl")
     make_rows(folder / "warm.jsonl", setting.kind, 4, Lengths((4, 6), (4, 6)))
     (folder / "warm.yaml").write_text(yaml.safe_dump(warm), encoding="utf-8")
     run.train(folder / "warm.yaml", output=folder / "warm")

@@ -188,7 +188,9 @@ def text(found: StageEstimate) -> str:
     others = [f"{name} {amount(size)}" for name, size in found.phases.items() if name != "training step"]
     lines += [f"    other phases: {', '.join(others)}"] if others else []
     if found.unknown:
-        lines.append(f"    activations and logits are not in it: the model cannot be run without data ({found.unknown})")
+        lines.append(
+            f"    activations and logits are not in it: the model cannot be run without data ({found.unknown})"
+        )
     disk = found.disk
     lines.append(
         f"  disk       checkpoints {amount(disk.checkpoints)}, adapters {amount(disk.adapters)}, "
@@ -456,12 +458,14 @@ def _disk(job: StageJob, empty: PreTrainedModel) -> Disk:
 def _memory_findings(stage: StageEstimate, there: int) -> list[Finding]:
     has = f"this GPU has {amount(there)}"
     if stage.items["weights"] + stage.items["context"] > there:
-        text = f"the weights alone need {amount(stage.items['weights'])}, {has}; use load_in_4bit, FSDP or a smaller base"
+        text = (
+            f"the weights alone need {amount(stage.items['weights'])}, {has}; use load_in_4bit, FSDP or a smaller base"
+        )
         return [Finding("error", "memory", stage.name, text)]
     if stage.peak > NEARLY_FULL * there:
         text = (
-            f"about {amount(stage.peak)} at the peak ({stage.worst}), {has}; a smaller per_device_train_batch_size with "
-            f"more gradient_accumulation_steps, gradient_checkpointing or a smaller max_length need less"
+            f"about {amount(stage.peak)} at the peak ({stage.worst}), {has}; a smaller per_device_train_batch_size "
+            f"with more gradient_accumulation_steps, gradient_checkpointing or a smaller max_length need less"
         )
         return [Finding("warning", "memory", stage.name, text)]
     return []

@@ -240,6 +240,7 @@ def quantizable(model: Any) -> dict[str, torch.nn.Linear]:
 
 
 def _quantize(model: Any, bits: int, compute: torch.dtype) -> None:
+    module: Any
     for module in quantizable(model).values():
         module.forward = _quantized_forward(module, bits, compute)
 
@@ -253,7 +254,7 @@ def _quantized_forward(module: torch.nn.Linear, bits: int, compute: torch.dtype)
 
 
 class _Dequantized(torch.autograd.Function):
-    """A frozen quantized layer: its weight is made whole for each product; bitsandbytes keeps the input of 8-bit ones."""
+    """A frozen quantized layer: made whole for each product; bitsandbytes keeps the input of 8-bit ones."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, out_features: int, bits: int) -> torch.Tensor:
