@@ -3,7 +3,7 @@
     python benchmarks/memory.py [--only NAME ...] [--out FOLDER] [--allocator fixed|default]
 
 Each setting is a process of its own. It first trains a tiny model, so that every library is loaded and warm; what
-counts is the peak of resident memory (`VmHWM`, reset through `/proc/self/clear_refs`) beyond that point, over the whole stage
+counts is the peak of resident memory (`VmHWM`, reset through `/proc/self/clear_refs`) beyond that point, over the stage
 and over the training loop alone. With `--allocator fixed`, blocks over 128 kB go back to the system when they are freed
 (`MALLOC_MMAP_THRESHOLD_`), so that tensors are measured rather than what glibc keeps for later;
 `default` is glibc's own.
