@@ -43,6 +43,8 @@ def _add_train(commands: Any) -> None:
     _takes_output(command)
     command.add_argument("--stage", metavar="NAME", help="run this stage only; what it starts from must be finished")
     command.add_argument("--fresh", action="store_true", help="run finished stages again; old results are kept aside")
+    text = "on a GPU, start without trying the longest batch first"
+    command.add_argument("--no-probe", dest="probe", action="store_false", help=text)
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -50,7 +52,7 @@ def _train(args: argparse.Namespace) -> int:
     _quiet()
     from toolkit.run import train
 
-    train(recipe, output=args.output, stage=args.stage, fresh=args.fresh)
+    train(recipe, output=args.output, stage=args.stage, fresh=args.fresh, probe=args.probe)
     return 0
 
 

@@ -39,6 +39,8 @@ def train(
     stage: str | None = None,
     fresh: bool = False,
     overrides: tuple[str, ...] = (),
+    *,
+    probe: bool = True,
 ) -> RunResult:
     """Run a recipe's stages and hand back one adapter.
 
@@ -48,6 +50,7 @@ def train(
         stage: Run this stage only; what it starts from must be finished.
         fresh: Run again what is finished (the stage named, or all). The results before are kept in `STAGE.previous`.
         overrides: `--set` expressions, where `recipe` is a file.
+        probe: On CUDA, try each stage's longest batch before its first step.
 
     Raises:
         ToolkitError: bad input, or a result that failed its proof.
@@ -63,7 +66,7 @@ def train(
         _record(prepared, run)
         for job in prepared.jobs:
             if states[job.plan.name] != "finished" and stage in (None, job.plan.name):
-                _run_stage(job, run, resume=states[job.plan.name] == "interrupted")
+                _run_stage(job, run, resume=states[job.plan.name] == "interrupted", probe=probe)
         return _deliver(prepared, run)
 
 
@@ -132,11 +135,11 @@ def _states(prepared: Prepared, run: RunDirectory, only: str | None, fresh: bool
     return states
 
 
-def _run_stage(job: StageJob, run: RunDirectory, resume: bool) -> None:
+def _run_stage(job: StageJob, run: RunDirectory, resume: bool, probe: bool) -> None:
     """Train, save, reload on a fresh base, compare; only then is the stage called finished."""
     plan, began = job.plan, time.monotonic()
     say(f"{plan.name}: {plan.type}")
-    partial, record = _train_stage(job, run, resume)
+    partial, record = _train_stage(job, run, resume, probe)
     trainer.release()
     state = PartialState()
     if state.is_main_process:
@@ -151,7 +154,7 @@ def _run_stage(job: StageJob, run: RunDirectory, resume: bool) -> None:
     state.wait_for_everyone()
 
 
-def _train_stage(job: StageJob, run: RunDirectory, resume: bool) -> tuple[Path, dict[str, Any]]:
+def _train_stage(job: StageJob, run: RunDirectory, resume: bool, probe: bool) -> tuple[Path, dict[str, Any]]:
     plan, state = job.plan, PartialState()
     record: dict[str, Any] = {"name": plan.name, "type": plan.type, "digest": job.digest, "start": plan.start}
     record |= {"policy": plan.policy, "reference": plan.reference, "steps": job.steps}
@@ -171,7 +174,7 @@ def _train_stage(job: StageJob, run: RunDirectory, resume: bool) -> tuple[Path, 
     if state.is_main_process:
         run.begin(plan.name, attempt_key(job), resume)
     state.wait_for_everyone()
-    record["metrics"] = trainer.fit(built, job)
+    record["metrics"] = trainer.fit(built, job, probe)
     record["trainer_args"] = built.args.to_dict()
     partial = job.folder / "adapter.partial"
     if state.is_main_process:

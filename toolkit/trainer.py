@@ -13,6 +13,7 @@ from toolkit.chat import first_line
 from toolkit.errors import ModelError, RunError
 from toolkit.job import StageJob
 from toolkit.plan import Hardware, StagePlan
+from toolkit.probe import Probe, explained
 from toolkit.progress import Metrics, Progress, say
 from toolkit.rundir import storage
 
@@ -50,25 +51,30 @@ def arguments(config_class: Any, job: StageJob, **own: Any) -> Any:
     return args
 
 
-def fit(trainer: Any, job: StageJob) -> dict[str, float]:
+def fit(trainer: Any, job: StageJob, probe: bool = True) -> dict[str, float]:
     """Train to the end, from the last complete checkpoint if there is one.
+
+    Args:
+        probe: On CUDA, run the longest batch forward and backward before the first step.
 
     Returns:
         transformers' closing metrics (`train_runtime` in seconds, `train_loss`, ...).
 
     Raises:
-        RunError: the disk is full or not writable; checkpoints stay as they are.
+        RunError: the disk is full or not writable, or memory is; checkpoints stay as they are.
     """
     progress = Progress(job.plan.name)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(Metrics(job.folder / "metrics.jsonl"))
     trainer.add_callback(progress)
+    if probe and job.hardware.device == "cuda":
+        trainer.add_callback(Probe(trainer, job))
     checkpoint = last_checkpoint(job.folder / "checkpoints")
     if checkpoint is not None:
         say(f"  resumes from {checkpoint.name}")
     try:
-        with storage(job.folder):
+        with storage(job.folder), explained(job, job.folder / "checkpoints"):
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         progress.close()
