@@ -17,6 +17,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
     _add_reference(commands)
+    _add_check(commands)
     return top
 
 
@@ -67,6 +68,56 @@ def _reference(args: argparse.Namespace) -> int:
 
     compute_reference(recipe, output=args.output)
     return 0
+
+
+def _add_check(commands: Any) -> None:
+    text = "say what is wrong with a recipe, its template and its data, without a GPU and without weights"
+    command = _command(commands, "check", text, _check)
+    _takes_recipe(command)
+    command.add_argument("--offline", action="store_true", help="do not ask the Hub")
+    command.add_argument("--json", action="store_true", help="one JSON object, for machines")
+    command.add_argument("--strict", action="store_true", help="warnings are errors")
+
+
+def _check(args: argparse.Namespace) -> int:
+    from toolkit.errors import RecipeError
+    from toolkit.findings import Finding
+
+    if args.offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+    parts: Any = []
+    stages: dict[str, Any] = {}
+    try:
+        recipe = _recipe(args)
+    except RecipeError as error:
+        wrong = [Finding("error", "recipe", ": ".join(filter(None, (p.where, p.key))), p.text) for p in error.problems]
+        parts = [("recipe", wrong)]
+    else:
+        if not args.json:
+            print("recipe\n  ok", flush=True)
+        _quiet()
+        from toolkit.check import check
+
+        parts = check(recipe, stages)
+    return _show(parts, stages, args)
+
+
+def _show(parts: Any, stages: dict[str, Any], args: argparse.Namespace) -> int:
+    """Print findings as they come, or all of them as JSON; the exit code."""
+    import json
+
+    findings: list[Any] = []
+    for title, found in parts:
+        findings += found
+        if not args.json:
+            print(title, *(f"  {f.level:<8} {f} [{f.check}]" for f in found), sep="\n", flush=True)
+    n = {level: sum(f.level == level for f in findings) for level in ("error", "warning", "note")}
+    if args.json:
+        told = {"recipe": args.recipe, "findings": [f.as_dict() for f in findings], "stages": stages, "counts": n}
+        print(json.dumps(told))
+    else:
+        print(f"\n{n['error']} errors, {n['warning']} warnings, {n['note']} notes")
+    return 2 if n["error"] or (args.strict and n["warning"]) else 0
 
 
 # --- what commands share ---------------------------------------------------------------------------------------------
