@@ -25,7 +25,7 @@ LAYERS = [
     {"sft", "dpo", "evaluate", "hub"},
     {"prepare"},
     {"check_access", "check_template", "check_data", "check_pairs"},
-    {"check"},
+    {"check", "preview"},
     {"run"},
     {"cli"},
     {"__init__", "__main__"},

@@ -18,6 +18,7 @@ def parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_reference(commands)
     _add_check(commands)
+    _add_preview(commands)
     return top
 
 
@@ -118,6 +119,39 @@ def _show(parts: Any, stages: dict[str, Any], args: argparse.Namespace) -> int:
     else:
         print(f"\n{n['error']} errors, {n['warning']} warnings, {n['note']} notes")
     return 2 if n["error"] or (args.strict and n["warning"]) else 0
+
+
+def _add_preview(commands: Any) -> None:
+    command = _command(commands, "preview", "show rows as the trainer will see them", _preview)
+    _takes_recipe(command)
+    command.add_argument("--stage", metavar="NAME", help="this stage only")
+    command.add_argument("-n", type=int, default=3, metavar="ROWS", help="how many rows (default: 3)")
+    command.add_argument("--row", type=int, metavar="I", help="the row with this number in its source, from 0")
+
+
+def _preview(args: argparse.Namespace) -> int:
+    recipe = _recipe(args)
+    _quiet()
+    from rich.console import Console
+
+    from toolkit import preview
+    from toolkit.errors import RunError
+    from toolkit.prepare import prepare
+    from toolkit.rundir import RunDirectory, default_output
+
+    jobs = prepare(recipe, RunDirectory(default_output(recipe))).jobs
+    names = [job.plan.name for job in jobs]
+    if args.stage not in (None, *names):
+        raise RunError(f"{args.stage}: no such stage; the recipe has {', '.join(names)}")
+    console = Console(highlight=False, soft_wrap=False)
+    console.print(
+        f"supervised: green, or between {preview.OPEN} and {preview.CLOSE} without colour; masked: dim or unmarked"
+    )
+    for job in jobs:
+        if args.stage in (None, job.plan.name):
+            rows = range(min(args.n, job.data.steps_rows)) if args.row is None else [preview.row_at(job, args.row)]
+            preview.show(job, console, list(rows))
+    return 0
 
 
 # --- what commands share ---------------------------------------------------------------------------------------------
