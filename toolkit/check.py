@@ -1,11 +1,15 @@
 """`toolkit check`: what is wrong, doubtful or good to know about a run, before a weight is loaded."""
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
 from toolkit import check_data, check_pairs, check_template
 from toolkit.check_access import check_access
-from toolkit.errors import ToolkitError
+from toolkit.errors import DataError, ToolkitError
 from toolkit.findings import Finding
 from toolkit.job import StageJob
 from toolkit.prepare import Prepared, prepare
@@ -37,6 +41,28 @@ def check_prepared(prepared: Prepared, jobs: list[StageJob]) -> Iterator[Part]:
     yield "tokenizer", check_template.check_tokenizer(prepared.recipe, prepared.tokenizer)
     for job in jobs:
         yield job.plan.name, _check_stage(job)
+
+
+def stop_on_errors(prepared: Prepared, jobs: list[StageJob]) -> None:
+    """Check on the main process; say its warnings on the error stream, and stop every process together on errors.
+
+    Raises:
+        DataError: with every error found.
+    """
+    told: list[Any] = [None]
+    state = PartialState()
+    if state.is_main_process:
+        try:
+            found = [finding for _, findings in check_prepared(prepared, jobs) for finding in findings]
+            for finding in found:
+                if finding.level == "warning":
+                    print(f"warning: {finding}", file=sys.stderr, flush=True)
+            told = ["\n".join(str(finding) for finding in found if finding.level == "error") or None]
+        except ToolkitError as error:
+            told = [str(error)]
+    broadcast_object_list(told, from_process=0)  # the others wait here
+    if told[0]:
+        raise DataError(told[0] if state.is_main_process else "stopped, as the main process found errors")
 
 
 def summary(job: StageJob) -> dict[str, Any]:

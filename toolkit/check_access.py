@@ -37,9 +37,8 @@ def _named(recipe: Recipe) -> list[tuple[str, str, str | None, str]]:
     model = recipe.model
     named = [("model", model.name_or_path, model.revision, recipe.where("model", "name_or_path"))]
     names = {stage.name for stage in recipe.stages} | {"base", None}
-    sources = [
-        (source, ("evaluate", "data", i)) for i, source in enumerate(recipe.evaluate.data if recipe.evaluate else [])
-    ]
+    held_out = recipe.evaluate.data if recipe.evaluate else []
+    sources: list[tuple[Any, tuple[str | int, ...]]] = [(s, ("evaluate", "data", i)) for i, s in enumerate(held_out)]
     for s, stage in enumerate(recipe.stages):
         if stage.from_ not in names:
             name, _, revision = str(stage.from_).partition("@")

@@ -152,7 +152,7 @@ def prompt_key(known: dict[str, Any]) -> bytes:
         prompt = known["messages"]
         answers = [i for i, turn in enumerate(prompt) if turn["role"] == "assistant"]
         prompt = prompt[: answers[-1]] if answers else prompt
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
     return row_key([[turn["role"], str(turn.get("content") or "").strip()] for turn in turns])
 
 
@@ -233,7 +233,7 @@ def _double_begin(job: StageJob) -> list[Finding]:
         ids = source.tokens.select_columns(column)
         rows = tuple(source.numbers[i] for i, row in enumerate(ids) if row[column][:2] == [begin, begin])
         if rows:
-            text = f"{len(rows):,} rows begin with {job.tokenizer.bos_token} twice: the tokenizer adds one to that in the text"
+            text = f"{len(rows):,} rows begin with {job.tokenizer.bos_token} twice; remove the one in the text"
             found.append(Finding("warning", "double-bos", source.where, text, rows))
     return found
 

@@ -144,9 +144,8 @@ def _preview(args: argparse.Namespace) -> int:
     if args.stage not in (None, *names):
         raise RunError(f"{args.stage}: no such stage; the recipe has {', '.join(names)}")
     console = Console(highlight=False, soft_wrap=False)
-    console.print(
-        f"supervised: green, or between {preview.OPEN} and {preview.CLOSE} without colour; masked: dim or unmarked"
-    )
+    marks = f"between {preview.OPEN} and {preview.CLOSE}"
+    console.print(f"supervised: green, or {marks} without colour; masked: dim or unmarked")
     for job in jobs:
         if args.stage in (None, job.plan.name):
             rows = range(min(args.n, job.data.steps_rows)) if args.row is None else [preview.row_at(job, args.row)]

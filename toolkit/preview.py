@@ -97,7 +97,8 @@ def render(ids: list[int], trained: list[bool], tokenizer: Any, console: Console
 
 def visible(text: str) -> str:
     """Control, format and marking characters as escapes: no text of the data reaches the terminal as a command."""
-    return "".join(
-        c if c == "\n" or (unicodedata.category(c)[0] != "C" and c not in (OPEN, CLOSE)) else ascii(c)[1:-1]
-        for c in text
-    )
+
+    def plain(c: str) -> bool:
+        return c == "\n" or (unicodedata.category(c)[0] != "C" and c not in (OPEN, CLOSE))
+
+    return "".join(c if plain(c) else ascii(c)[1:-1] for c in text)
