@@ -39,6 +39,8 @@ LAYERS = [
     {"reference"},
     {"sft", "dpo", "evaluate", "hub"},
     {"prepare"},
+    {"check_access", "check_template", "check_data", "check_pairs"},
+    {"check", "preview"},
     {"run"},
     {"cli"},
     {"__init__", "__main__"},

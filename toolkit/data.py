@@ -86,7 +86,8 @@ def prepare(recipe: Recipe, plan: StagePlan, tokenizer: Any) -> StageData:
     """
     stage = recipe.stages[plan.index]
     train, counts, sources = _tokenized(recipe, plan, stage.data, "data", tokenizer)
-    eval_rows, eval_counts, eval_sources = None, None, []
+    eval_rows, eval_counts = None, None
+    eval_sources: list[SourceRows] = []
     if stage.eval_data:
         eval_rows, eval_counts, eval_sources = _tokenized(recipe, plan, stage.eval_data, "eval_data", tokenizer)
     return StageData(

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import PartialState
 from peft import PeftModel
 
-from toolkit import adapter, dpo, evaluate, hub, model, proof, sft, trainer
+from toolkit import adapter, check, dpo, evaluate, hub, model, proof, sft, trainer
 from toolkit.chat import first_line
 from toolkit.errors import ModelError, ProofError
 from toolkit.job import StageJob
@@ -61,6 +61,8 @@ def train(
     check_parents(prepared, states, stage)
     if recipe.evaluate is not None:
         evaluate.held_out_rows(recipe, prepared.tokenizer)  # better now than after hours
+    asked = [job for job in prepared.jobs if states[job.plan.name] != "finished" and stage in (None, job.plan.name)]
+    check.stop_on_errors(prepared, asked)
     say(plan_text(prepared, states) + "\n")
     with _alone(run):
         _record(prepared, run)
