@@ -165,10 +165,16 @@ def trainable_parameters(adapter: Path) -> int:
     return sum(tensor.numel() for tensor in load_file(adapter / WEIGHTS).values())
 
 
-def save(model: PeftModel, folder: Path, base_name: str) -> None:
-    """Write the trained adapter as plain PEFT files, naming the base as the recipe names it."""
+def save(model: PeftModel, folder: Path, base_name: str, gathered: dict[str, torch.Tensor] | None = None) -> None:
+    """Write the trained adapter as plain PEFT files, naming the base as the recipe names it.
+
+    Args:
+        gathered: its parameters in whole, where the model is sharded.
+    """
     shutil.rmtree(folder, ignore_errors=True)
-    model.save_pretrained(str(folder), selected_adapters=[TRAINED], save_embedding_layers=False)
+    model.save_pretrained(
+        str(folder), selected_adapters=[TRAINED], save_embedding_layers=False, state_dict=gathered
+    )
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
     _write_config(folder, read_config(folder) | {"base_model_name_or_path": base_name})
 

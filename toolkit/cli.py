@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
+from toolkit import launch, processes
 from toolkit.errors import ToolkitError
 
 
@@ -23,12 +24,17 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 when it worked, 2 for bad input, 3 for a result that failed its proof."""
     args = parser().parse_args(argv)
+    args.argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return int(args.run(args))
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume from the last checkpoint", file=sys.stderr)
         return 130
-    except ToolkitError as error:
+    except Exception as error:
+        if processes.are_several():
+            processes.fail(error, getattr(error, "exit_code", 1))
+        if not isinstance(error, ToolkitError):
+            raise
         print(f"error: {error}" if "\n" not in str(error) else f"errors:\n{error}", file=sys.stderr)
         return error.exit_code
 
@@ -42,10 +48,13 @@ def _add_train(commands: Any) -> None:
     _takes_output(command)
     command.add_argument("--stage", metavar="NAME", help="run this stage only; what it starts from must be finished")
     command.add_argument("--fresh", action="store_true", help="run finished stages again; old results are kept aside")
+    launch.add_flags(command)
 
 
 def _train(args: argparse.Namespace) -> int:
     recipe = _recipe(args)
+    if launch.asked_for(args):
+        return launch.run(args.argv)
     _quiet()
     from toolkit.run import train
 
@@ -58,10 +67,13 @@ def _add_reference(commands: Any) -> None:
     command = _command(commands, "reference", text, _reference)
     _takes_recipe(command)
     _takes_output(command)
+    launch.add_flags(command)
 
 
 def _reference(args: argparse.Namespace) -> int:
     recipe = _recipe(args)
+    if launch.asked_for(args):
+        return launch.run(args.argv)
     _quiet()
     from toolkit.run import compute_reference
 
