@@ -14,11 +14,11 @@ from toolkit.fields import field_types, problem_with
 
 PACKAGE = Path(__file__).parent.parent / "toolkit"
 LAYERS = [
-    {"errors", "findings", "launch"},
+    {"errors", "findings"},
     {"fields", "recipe"},
     {"rules", "plan"},
     {"load"},
-    {"chat", "formats", "data", "processes", "sharding", "model", "adapter", "rundir", "progress", "prefix", "grouping", "packing"},
+    {"chat", "formats", "data", "launch", "processes", "sharding", "model", "adapter", "rundir", "progress", "prefix", "grouping", "packing"},
     {"job", "prefix_check"},
     {"proof", "trainer", "cache"},
     {"reference"},

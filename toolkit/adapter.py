@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model
+from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model, get_peft_model_state_dict
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -113,6 +113,21 @@ def check_targets(empty: PreTrainedModel, plan: StagePlan, where: str) -> int:
     trainable, _ = model.get_nb_trainable_parameters()
     model.unload()
     return trainable
+
+
+def expected_shapes(empty: PreTrainedModel, plan: StagePlan, start: Path | None, where: str) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor that the trained adapter has when it is saved whole.
+
+    Args:
+        empty: the base without weights.
+        start: the adapter the stage starts from; one that is continued keeps its shapes.
+    """
+    if plan.mode == "continue" and start is not None:
+        return {name: tuple(tensor.shape) for name, tensor in load_file(start / WEIGHTS).items()}
+    config = lora_config(plan, where)
+    config.init_lora_weights = True  # only shapes are asked for
+    model = get_peft_model(empty, config, low_cpu_mem_usage=True)
+    return {n: tuple(t.shape) for n, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
 
 
 def check_stackable(config: dict[str, Any], where: str) -> None:

@@ -4,15 +4,28 @@ accelerate's launcher says by environment variables how a run is sharded; here t
 """
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 from toolkit.errors import ModelError, ProofError, RunError
 from toolkit.plan import Hardware, model_dtype, quantization
 from toolkit.recipe import Recipe
 
 STORAGE = "bnb_4bit_quant_storage"
+
+
+class OnceSharded(TrainerCallback):
+    """Calls back when a trainer has sharded its model, before the first step; not where it resumes."""
+
+    def __init__(self, then: Callable[[], None]):
+        self.then = then
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 0:
+            self.then()
 
 
 def uses_fsdp() -> bool:
