@@ -40,7 +40,10 @@ def check_with_accelerate(file: Path) -> None:
     unknown = []
     for section, plugin in sections.items():
         fields = {field.name for field in dataclasses.fields(plugin)} | {
-            "auto_wrap_policy": "", "offload_params": "", "offload_optimizer_device": "", "offload_param_device": ""
+            "auto_wrap_policy": "",
+            "offload_params": "",
+            "offload_optimizer_device": "",
+            "offload_param_device": "",
         }.keys()
         prefix = "fsdp_" if section == "fsdp_config" else ""
         for key in getattr(config, section):
@@ -67,7 +70,11 @@ def test_accelerate_knows_every_field(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [("num_machines:", "num_machine:"), ("fsdp_version:", "fsdp_versoin:"), ("fsdp_reshard_after_forward:", "fsdp_reshard:")],
+    [
+        ("num_machines:", "num_machine:"),
+        ("fsdp_version:", "fsdp_versoin:"),
+        ("fsdp_reshard_after_forward:", "fsdp_reshard:"),
+    ],
 )
 def test_an_unknown_field_fails(tmp_path: Path, old: str, new: str) -> None:
     file = tmp_path / "fsdp2.yaml"
@@ -111,7 +118,7 @@ def test_the_short_form_is_accelerate_launch() -> None:
 def test_an_unknown_configuration_is_answered(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"no configuration 'fsdp'; found cpu_2proc, ddp, .* did you mean 'fsdp2'\?"):
         launch.config_file("fsdp")
-    with pytest.raises(RunError, match="no such file: ./mine.yaml"):
+    with pytest.raises(RunError, match=r"no such file: \./mine.yaml"):
         launch.config_file("./mine.yaml")
     with pytest.raises(RunError, match="--num-processes: is for --launch; add --launch ddp"):
         launch.accelerate_arguments(["train", "r.yaml", "--num-processes", "2"])
@@ -144,9 +151,11 @@ def test_the_slurm_file_is_shell_and_names_what_exists() -> None:
     train = next(a for a in parser()._actions if a.dest == "command").choices["train"]  # type: ignore[index,union-attr]
     flags = {flag for action in train._actions for flag in action.option_strings}
     after = re.sub(r"(?m)^\s*#.*$|(srun|sbatch) .*$", "", text)
-    assert {f"--{f}" for f in ("launch", "num-processes", "num-machines", "main-process-ip", "main-process-port")} <= set(
-        re.findall(r"--[a-z-]+", after)
-    ) <= flags | {"--machine-rank"}
+    assert (
+        {f"--{f}" for f in ("launch", "num-processes", "num-machines", "main-process-ip", "main-process-port")}
+        <= set(re.findall(r"--[a-z-]+", after))
+        <= flags | {"--machine-rank"}
+    )
     assert {"multi_node_ddp", "ddp"} == set(re.findall(r"echo (\w*ddp)", text)) <= set(NAMES)
     for path in re.findall(r"(?:accelerate_configs|recipes)/[\w./-]+", text):
         assert (FOLDER.parent / path).is_file(), path

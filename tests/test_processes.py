@@ -77,9 +77,14 @@ def test_a_failure_on_one_rank_ends_all_with_one_message(
     command = [accelerate, "launch", "--config_file", str(config), "--main_process_port", "0", str(script), rank]
     command += ["train", str(write(recipe)), "--output", str(tmp_path / "run")]
     began = time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200, env=os.environ | {
-        "PYTHONPATH": str(Path(__file__).parent.parent)
-    })
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+    )
     assert done.stderr.count("cannot be read") == 1, done.stderr
     assert "exitcode  : 2 " in done.stderr  # accelerate's own code is 1 whatever happened; --launch hands on the 2
     assert done.returncode == 1

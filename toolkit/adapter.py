@@ -115,7 +115,9 @@ def check_targets(empty: PreTrainedModel, plan: StagePlan, where: str) -> int:
     return trainable
 
 
-def expected_shapes(empty: PreTrainedModel, plan: StagePlan, start: Path | None, where: str) -> dict[str, tuple[int, ...]]:
+def expected_shapes(
+    empty: PreTrainedModel, plan: StagePlan, start: Path | None, where: str
+) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor that the trained adapter has when it is saved whole.
 
     Args:
@@ -187,9 +189,7 @@ def save(model: PeftModel, folder: Path, base_name: str, gathered: dict[str, tor
         gathered: its parameters in whole, where the model is sharded.
     """
     shutil.rmtree(folder, ignore_errors=True)
-    model.save_pretrained(
-        str(folder), selected_adapters=[TRAINED], save_embedding_layers=False, state_dict=gathered
-    )
+    model.save_pretrained(str(folder), selected_adapters=[TRAINED], save_embedding_layers=False, state_dict=gathered)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
     _write_config(folder, read_config(folder) | {"base_model_name_or_path": base_name})
 

@@ -1,4 +1,4 @@
-"""`toolkit train RECIPE --launch ddp`: the short form of `accelerate launch --config_file ... -m toolkit train RECIPE`."""
+"""`toolkit train RECIPE --launch ddp`: short for `accelerate launch --config_file ... -m toolkit train RECIPE`."""
 
 import argparse
 import difflib
@@ -64,7 +64,9 @@ def accelerate_arguments(argv: Sequence[str]) -> list[str]:
     asked, rest = flags.parse_known_args(list(argv))
     given = [name for name in FORWARDED if getattr(asked, name) is not None]
     if asked.launch is None:
-        raise RunError(f"--{given[0].replace('_', '-')}: is for --launch; add --launch ddp, or the configuration's name")
+        raise RunError(
+            f"--{given[0].replace('_', '-')}: is for --launch; add --launch ddp, or the configuration's name"
+        )
     own = [text for name in given for text in (f"--{name}", str(getattr(asked, name)))]
     return ["--config_file", str(config_file(asked.launch)), *own, "-m", "toolkit", *rest]
 
@@ -97,8 +99,7 @@ def run(argv: Sequence[str]) -> int:
     except (ImportError, ValueError, AssertionError, ConnectionError) as error:
         raise RunError(f"--launch: accelerate: {error}") from error
     except Exception as error:
-        code = getattr(error, "returncode", None)  # of the launcher for one process
-        if code is None:
+        if not hasattr(error, "returncode"):  # which the launcher for one process reports
             raise
-        return int(code)
+        return int(error.returncode)
     return 0

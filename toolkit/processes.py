@@ -23,7 +23,7 @@ def check_world(processes: int) -> None:
         RunError
     """
     env = os.environ
-    asked = int(env.get("WORLD_SIZE", 1))
+    asked = int(env.get("WORLD_SIZE", "1"))
     if asked != processes:
         raise RunError(f"{asked} processes were started (WORLD_SIZE), and accelerate runs {processes} of them together")
     # accelerate names a meeting point to the one process it starts when it was asked for more than one
@@ -56,7 +56,7 @@ def from_main(value: Any) -> Any:
 
 def are_several() -> bool:
     """Whether this process was started as one of several."""
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def fail(error: BaseException, code: int) -> None:
