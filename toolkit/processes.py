@@ -11,6 +11,7 @@ from typing import Any
 from toolkit.errors import RunError, ToolkitError
 
 STORE_TIMEOUT = timedelta(seconds=10)
+PEER_GONE = ("Connection reset by peer", "Connection closed by peer")  # in gloo's words
 
 
 def check_world(processes: int) -> None:
@@ -70,6 +71,11 @@ def fail(error: BaseException, code: int) -> None:
         if isinstance(error, ToolkitError):
             text = str(error)
             print(f"errors:\n{text}" if "\n" in text else f"error: {text}", file=sys.stderr)
+        elif any(words in str(error) for words in PEER_GONE):
+            text = (
+                "another process of this run was killed (out of memory?); the same command resumes, see the lines below"
+            )
+            print(f"error: {text}", file=sys.stderr)
         else:
             traceback.print_exception(error)
     sys.stdout.flush()

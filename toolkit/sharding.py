@@ -76,7 +76,9 @@ def gathered(model: Any) -> dict[str, torch.Tensor] | None:
     """
     from torch.distributed.tensor import DTensor
 
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    # FSDP's own activation checkpointing puts a name of its own into those of the parameters
+    names = {name: name.replace("_checkpoint_wrapped_module.", "") for name, _ in model.named_parameters()}
+    trained = {names[name]: p for name, p in model.named_parameters() if p.requires_grad}
     if any(isinstance(p, DTensor) for p in trained.values()):
         return {name: _whole(p) for name, p in trained.items()}
     if any(hasattr(p, "ds_id") for p in trained.values()):  # ZeRO-3
