@@ -9,12 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from toolkit.cli import main
-
-CPU_2PROC = Path(__file__).parent.parent / "accelerate_configs" / "cpu_2proc.yaml"
 
 
 @pytest.fixture
@@ -90,35 +86,6 @@ def test_accelerate_launch_is_the_same_program(file: Path, tmp_path: Path) -> No
     )
     weights = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in "ab"]
     assert weights[0] == weights[1]
-
-
-def test_two_processes_train_what_one_does(recipe: dict[str, Any], write: Any, tmp_path: Path) -> None:
-    """Half the batch on each of two processes: the same losses, margins and adapter."""
-    import toolkit
-    from toolkit.progress import read_metrics
-
-    one = toolkit.train(write(recipe), output=tmp_path / "one").output
-    for stage in recipe["stages"]:
-        stage["trainer"]["per_device_train_batch_size"] = 2
-    command = [
-        str(Path(sys.executable).with_name("accelerate")),
-        "launch",
-        "--config_file",
-        str(CPU_2PROC),
-        "-m",
-        "toolkit",
-    ]
-    command += ["train", str(write(recipe)), "--output", str(tmp_path / "two")]
-    own_cache = os.environ | {"TOOLKIT_CACHE": str(tmp_path / "cache")}  # so that each process computes its share
-    said = subprocess.run(command, check=True, capture_output=True, text=True, env=own_cache).stdout
-    assert said.count("reference: 12 training pairs computed") == 1
-    assert said.count("on cpu, 2 processes, seed 7") == said.count("dpo: dpo") == 1
-    for stage, names in (("sft", ["loss"]), ("dpo", ["loss", "rewards/margins", "logps/chosen"])):
-        metrics = [read_metrics(run / stage / "metrics.jsonl") for run in (one, tmp_path / "two")]
-        steps = [[[line[name] for name in names] for line in lines if "loss" in line] for lines in metrics]
-        torch.testing.assert_close(torch.tensor(steps[0]), torch.tensor(steps[1]), rtol=1e-5, atol=1e-5)
-    weights = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (one, tmp_path / "two")]
-    torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-4)
 
 
 def test_python_and_the_command_line_do_the_same(file: Path, tmp_path: Path) -> None:

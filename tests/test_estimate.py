@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from toolkit import estimate, load_recipe, model
+from toolkit.division import Sharding
 from toolkit.errors import RunError
 from toolkit.prepare import Prepared, prepare
 from toolkit.rundir import RunDirectory
-from toolkit.sharding import Sharding
 
 
 @pytest.fixture

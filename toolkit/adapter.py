@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model
+from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model, get_peft_model_state_dict
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -107,6 +107,23 @@ def check_targets(empty: PreTrainedModel, plan: StagePlan, where: str) -> int:
     return trainable
 
 
+def expected_shapes(
+    empty: PreTrainedModel, plan: StagePlan, start: Path | None, where: str
+) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor that the trained adapter has when it is saved whole.
+
+    Args:
+        empty: the base without weights.
+        start: the adapter the stage starts from; one that is continued keeps its shapes.
+    """
+    if plan.mode == "continue" and start is not None:
+        return {name: tuple(tensor.shape) for name, tensor in load_file(start / WEIGHTS).items()}
+    config = lora_config(plan, where)
+    config.init_lora_weights = True  # only shapes are asked for
+    model = get_peft_model(empty, config, low_cpu_mem_usage=True)
+    return {n: tuple(t.shape) for n, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+
+
 def check_stackable(config: dict[str, Any], where: str) -> None:
     """Refuse adapters whose sum is not one plain LoRA.
 
@@ -155,10 +172,14 @@ def trainable_parameters(adapter: Path) -> int:
     return sum(tensor.numel() for tensor in load_file(adapter / WEIGHTS).values())
 
 
-def save(model: PeftModel, folder: Path, base_name: str) -> None:
-    """Write the trained adapter as plain PEFT files, naming the base as the recipe names it."""
+def save(model: PeftModel, folder: Path, base_name: str, gathered: dict[str, torch.Tensor] | None = None) -> None:
+    """Write the trained adapter as plain PEFT files, naming the base as the recipe names it.
+
+    Args:
+        gathered: its parameters in whole, where the model is sharded.
+    """
     shutil.rmtree(folder, ignore_errors=True)
-    model.save_pretrained(str(folder), selected_adapters=[TRAINED], save_embedding_layers=False)
+    model.save_pretrained(str(folder), selected_adapters=[TRAINED], save_embedding_layers=False, state_dict=gathered)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
     _write_config(folder, read_config(folder) | {"base_model_name_or_path": base_name})
 

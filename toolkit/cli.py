@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
+from toolkit import launch, processes
 from toolkit.errors import ToolkitError
 
 
@@ -26,12 +27,17 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 when it worked, 2 for bad input, 3 for a result that failed its proof."""
     args = parser().parse_args(argv)
+    args.argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return int(args.run(args))
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume from the last checkpoint", file=sys.stderr)
         return 130
-    except ToolkitError as error:
+    except Exception as error:
+        if processes.are_several():
+            processes.fail(error, getattr(error, "exit_code", 1))
+        if not isinstance(error, ToolkitError):
+            raise
         print(f"error: {error}" if "\n" not in str(error) else f"errors:\n{error}", file=sys.stderr)
         return error.exit_code
 
@@ -47,10 +53,13 @@ def _add_train(commands: Any) -> None:
     command.add_argument("--fresh", action="store_true", help="run finished stages again; old results are kept aside")
     text = "on a GPU, start without trying the longest batch first"
     command.add_argument("--no-probe", dest="probe", action="store_false", help=text)
+    launch.add_flags(command)
 
 
 def _train(args: argparse.Namespace) -> int:
     recipe = _recipe(args)
+    if launch.asked_for(args):
+        return launch.run(args.argv)
     _quiet()
     from toolkit.run import train
 
@@ -63,10 +72,13 @@ def _add_reference(commands: Any) -> None:
     command = _command(commands, "reference", text, _reference)
     _takes_recipe(command)
     _takes_output(command)
+    launch.add_flags(command)
 
 
 def _reference(args: argparse.Namespace) -> int:
     recipe = _recipe(args)
+    if launch.asked_for(args):
+        return launch.run(args.argv)
     _quiet()
     from toolkit.run import compute_reference
 

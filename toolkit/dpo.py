@@ -8,7 +8,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
-from toolkit import adapter, prefix, prefix_check, proof, reference, trainer
+from toolkit import adapter, prefix, prefix_check, proof, reference, sharding, trainer
 from toolkit.chat import first_line
 from toolkit.errors import ModelError
 from toolkit.grouping import LengthGrouped, pair_lengths
@@ -106,7 +106,7 @@ def share_prompts(job: StageJob, built: PairTrainer) -> str:
     """
     if not job.plan.prefix_sharing:
         return "off, as the recipe asks"
-    if built.is_fsdp_enabled or built.is_deepspeed_enabled:
+    if sharding.is_sharded():
         return "off: a sharded model cannot be checked before training"
     collator = prefix.PairCollator(built.processing_class.pad_token_id, built.args.max_length)
     reason = prefix_check.reason_against(built.model)
@@ -127,7 +127,7 @@ def take_reference(job: StageJob, built: PairTrainer) -> None:
     """Give the trainer its reference log-probs as columns, unless they are to be computed on every step."""
     if job.plan.reference_from == "online":
         return
-    if built.is_fsdp_enabled or built.is_deepspeed_enabled:
+    if sharding.is_sharded():
         say("  reference: computed on every step, as the model is sharded once training starts")
         return
     built.train_dataset = reference.with_reference(job, built, built.train_dataset, "training")

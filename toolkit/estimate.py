@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 
 from toolkit import memory, packing
 from toolkit.chat import IGNORED, first_line
+from toolkit.division import Sharding
 from toolkit.findings import Finding
 from toolkit.job import StageJob
 from toolkit.plan import model_dtype, quantization
 from toolkit.prefix import PairCollator, causal_of
 from toolkit.prefix_check import reason_against
-from toolkit.sharding import Sharding
 
 CUDA_CONTEXT = 512 * 2**20  # the driver's context and cuBLAS' workspace on each GPU, about
 STATES = {"adafactor": 0.05, "sgd": 0, "lion": 1, "rmsprop": 1, "adagrad": 1}  # copies of the parameters; else Adam's 2

@@ -10,9 +10,10 @@ import torch
 from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from toolkit import sharding
 from toolkit.chat import first_line
 from toolkit.errors import ModelError
-from toolkit.plan import Hardware, model_dtype, quantization
+from toolkit.plan import Hardware, model_dtype
 from toolkit.recipe import Recipe
 
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "config.json", "*.py")
@@ -27,18 +28,24 @@ def detect_hardware() -> Hardware:
     return Hardware(state.device.type, cuda and torch.cuda.is_bf16_supported(), state.num_processes)
 
 
-def load_base(recipe: Recipe, hardware: Hardware) -> PreTrainedModel:
+def load_base(recipe: Recipe, hardware: Hardware, to_shard: bool = False) -> PreTrainedModel:
     """The base as the recipe asks for it, in evaluation mode; quantized models are placed on this process's device.
+
+    Args:
+        to_shard: this model will be sharded, so it waits in host memory; others spread over what GPUs have left.
 
     Raises:
         ModelError: the model is not there, or cannot be loaded this way.
     """
-    model, quantized = recipe.model, quantization(recipe)
+    model, quantized = recipe.model, sharding.quantization_config(recipe, hardware)
+    sharding.forget_deepspeed()
     state = PartialState()
     settings: dict[str, Any] = {"attn_implementation": model.attn_implementation} if model.attn_implementation else {}
     if quantized:
         settings["quantization_config"] = BitsAndBytesConfig(**quantized)
         settings["device_map"] = {"": state.local_process_index if hardware.device == "cuda" else hardware.device}
+    elif sharding.is_sharded() and not to_shard:
+        settings["device_map"] = "auto"  # one GPU may be too small for it
     try:
         base = AutoModelForCausalLM.from_pretrained(
             model.name_or_path,
@@ -61,7 +68,7 @@ def load_base(recipe: Recipe, hardware: Hardware) -> PreTrainedModel:
         raise ModelError(f"{where}: cannot load {model.name_or_path!r}: {first_line(error)}{way_out}") from error
     if quantized:
         _keep_4bit_weights(base)
-    else:
+    elif not sharding.is_sharded():
         base.to(state.device)
     return base.eval()
 

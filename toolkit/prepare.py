@@ -5,9 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
-from toolkit import adapter, chat, dpo, model, prefix_check, sft
+from toolkit import adapter, chat, dpo, model, prefix_check, processes, sft, sharding
 from toolkit import data as data_module
 from toolkit.data import Counts
 from toolkit.errors import ModelError, RunError
@@ -38,11 +36,13 @@ def prepare(recipe: Recipe, run: RunDirectory) -> Prepared:
         ToolkitError: whatever is wrong with the recipe's model, adapters or data, before anything is overwritten.
     """
     hardware = model.detect_hardware()
+    processes.check_world(hardware.processes)
+    sharding.check(recipe, hardware)
     tokenizer = chat.load_tokenizer(recipe)
     base = model.base_identity(recipe)
     empty = model.empty_base(recipe)
     prepared = Prepared(recipe, hardware, tokenizer, base, [])
-    with PartialState().main_process_first():
+    with processes.first_then_others():
         for plan in stage_plans(recipe, hardware):
             prepared.jobs.append(_job(prepared, plan, run, empty))
     return prepared

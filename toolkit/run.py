@@ -9,10 +9,11 @@ from typing import Any
 
 from accelerate import PartialState
 from peft import PeftModel
+from safetensors.torch import load_file
 
-from toolkit import adapter, check, dpo, evaluate, hub, model, proof, sft, trainer
+from toolkit import adapter, check, dpo, evaluate, hub, model, processes, proof, sft, sharding, trainer
 from toolkit.chat import first_line
-from toolkit.errors import ModelError, ProofError
+from toolkit.errors import ModelError, ProofError, RunError
 from toolkit.job import StageJob
 from toolkit.load import load_recipe
 from toolkit.prepare import Prepared, attempt_key, check_parents, plan_text, prepare, resolved, state_of
@@ -90,6 +91,8 @@ def compute_reference(
         ToolkitError: as for `train`.
     """
     prepared, run = _prepared(recipe, output, overrides)
+    if sharding.is_sharded():
+        raise RunError("the reference cache is filled by whole models; launch this step with ddp or single_gpu")
     states = _states(prepared, run, None, False)
     jobs = [job for job in prepared.jobs if job.plan.reference_from == "cached"]
     for job in jobs:
@@ -134,7 +137,7 @@ def _states(prepared: Prepared, run: RunDirectory, only: str | None, fresh: bool
         states[name] = "new" if asked_again else state_of(job, run, rerun)
         if states[name] != "finished":
             rerun.add(name)
-    return states
+    return dict(processes.from_main(states))  # one decision for all, whatever a shared disk shows to each
 
 
 def _run_stage(job: StageJob, run: RunDirectory, resume: bool, probe: bool) -> None:
@@ -162,14 +165,14 @@ def _train_stage(job: StageJob, run: RunDirectory, resume: bool, probe: bool) ->
     record |= {"policy": plan.policy, "reference": plan.reference, "steps": job.steps}
     record["start_digest"] = adapter.adapter_digest(job.start) if job.start else None
     start = _start_logps(job) if plan.type == "dpo" else None
-    base = model.load_base(job.recipe, job.hardware)
-    built = _build(job, base)
+    built = _build(job, model.load_base(job.recipe, job.hardware, to_shard=True))
     if start is not None:
         record["prefix_sharing"] = dpo.share_prompts(job, built)
         say(f"  prefix sharing {record['prefix_sharing']}")
-        proven = dpo.prove(job, built, start)
-        record["proof"] = proven.as_dict()
-        say(f"  proof: {proven}")
+        if sharding.is_sharded():
+            built.add_callback(sharding.OnceSharded(lambda: _prove(job, built, start, record)))
+        else:
+            _prove(job, built, start, record)
         asked = time.monotonic()
         dpo.take_reference(job, built)
         record["reference_seconds"] = time.monotonic() - asked
@@ -179,11 +182,19 @@ def _train_stage(job: StageJob, run: RunDirectory, resume: bool, probe: bool) ->
     record["metrics"] = trainer.fit(built, job, probe)
     record["trainer_args"] = built.args.to_dict()
     partial = job.folder / "adapter.partial"
-    if state.is_main_process:
+    if sharding.is_sharded() or state.is_main_process:  # every process holds a part of a sharded model
         record["policy_logps"] = proof.completion_logps(built.model, proof.first_sequences(job))
+    gathered = sharding.gathered(built.model)
+    if state.is_main_process:
         with storage(run.path):
-            _save(built.model, job, partial)
+            _save(built.model, job, partial, gathered)
     return partial, record
+
+
+def _prove(job: StageJob, built: Any, start: Any, record: dict[str, Any]) -> None:
+    proven = dpo.prove(job, built, start)
+    record["proof"] = proven.as_dict()
+    say(f"  proof: {proven}")
 
 
 def _build(job: StageJob, base: Any) -> Any:
@@ -194,7 +205,16 @@ def _build(job: StageJob, base: Any) -> Any:
 
 
 def _start_logps(job: StageJob) -> Any:
-    """Log-probabilities of the first pairs under the start model, loaded by plain transformers and PEFT."""
+    """Log-probabilities of the first pairs under the start model, loaded by plain transformers and PEFT.
+
+    By the main process for all where the base is too large for each of them.
+    """
+    if not sharding.is_sharded():
+        return _logps_of_start(job)
+    return processes.from_main(_logps_of_start(job) if PartialState().is_main_process else None)
+
+
+def _logps_of_start(job: StageJob) -> Any:
     loaded: Any = model.load_base(job.recipe, job.hardware)
     if job.start is not None:
         loaded = PeftModel.from_pretrained(loaded, str(job.start))
@@ -204,17 +224,16 @@ def _start_logps(job: StageJob) -> Any:
     return logps
 
 
-def _save(trained: PeftModel, job: StageJob, folder: Path) -> None:
-    name = _base_name(job.recipe)
-    if job.plan.mode == "stack" and job.start is not None:
-        own = folder.with_name("trained.partial")
-        adapter.save(trained, own, name)
-        adapter.check_values(own)
+def _save(trained: PeftModel, job: StageJob, folder: Path, gathered: Any) -> None:
+    stacked = job.plan.mode == "stack" and job.start is not None
+    own = folder.with_name("trained.partial") if stacked else folder
+    adapter.save(trained, own, _base_name(job.recipe), gathered)
+    expected = adapter.expected_shapes(model.empty_base(job.recipe), job.plan, job.start, job.where("lora"))
+    sharding.check_gathered(load_file(own / adapter.WEIGHTS), expected)
+    adapter.check_values(own)
+    if stacked and job.start is not None:
         adapter.concatenate(job.start, own, folder)
         shutil.rmtree(own)
-    else:
-        adapter.save(trained, folder, name)
-        adapter.check_values(folder)
     job.tokenizer.save_pretrained(str(folder))
 
 

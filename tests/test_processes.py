@@ -1,0 +1,108 @@
+"""Several processes: two real ones on gloo, and shards of a model on one. Each launch costs many seconds: few of them."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import toolkit
+from tests.conftest import messages, pairs, write_jsonl
+from toolkit.errors import RunError
+from toolkit.processes import check_world
+
+FAILS_ON = """
+import os, sys
+if os.environ["RANK"] == sys.argv[1]:
+    os.environ["HF_DATASETS_CACHE"] = "/dev/null/nowhere"  # no data set can be read here
+from toolkit.cli import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "toolkit", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | env, check=False, timeout=240)
+
+
+def test_two_processes_train_what_one_does(recipe: dict[str, Any], write: Any, tmp_path: Path) -> None:
+    """Half the batch on each of two processes: packed and plain SFT, DPO stacked and continued, both references."""
+    from toolkit.progress import read_metrics
+
+    sft, dpo = recipe["stages"]
+    write_jsonl(tmp_path / "sft.jsonl", messages(16))
+    write_jsonl(tmp_path / "dpo.jsonl", pairs(16))
+    packed = sft["trainer"] | {"packing": True, "max_length": 64, "learning_rate": 1e-3}
+    recipe["stages"] = [
+        sft | {"name": "packed", "trainer": packed},
+        sft | {"trainer": sft["trainer"] | {"learning_rate": 1e-3}},
+        dpo | {"trainer": dpo["trainer"] | {"learning_rate": 1e-3}},
+        dpo | {"name": "online", "adapter": "continue", "reference": "online"},
+    ]
+    recipe["stages"][3]["trainer"] = dpo["trainer"] | {"learning_rate": 1e-3}
+    one = toolkit.train(write(recipe), output=tmp_path / "one")
+    assert "on: " in one.stages["dpo"]["prefix_sharing"]
+    for stage in recipe["stages"]:
+        stage["trainer"]["per_device_train_batch_size"] = 2
+    own = {"TOOLKIT_CACHE": str(tmp_path / "cache"), "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
+    done = run("train", str(write(recipe)), "--output", str(tmp_path / "two"), "--launch", "cpu_2proc", **own)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout
+    assert said.startswith("accelerate launch --config_file accelerate_configs/cpu_2proc.yaml -m toolkit train ")
+    assert said.count("reference: 16 training pairs computed") == 1
+    assert said.count("on cpu, 2 processes, seed 7") == said.count("dpo: dpo") == 1
+    for stage in one.stages:
+        names = ["loss", "rewards/margins", "logps/chosen"] if stage in ("dpo", "online") else ["loss"]
+        metrics = [read_metrics(out / stage / "metrics.jsonl") for out in (one.output, tmp_path / "two")]
+        steps = [[[line[name] for name in names] for line in lines if "loss" in line] for lines in metrics]
+        torch.testing.assert_close(torch.tensor(steps[0]), torch.tensor(steps[1]), rtol=1e-5, atol=1e-5)
+    weights = [load_file(out / "adapter" / "adapter_model.safetensors") for out in (one.output, tmp_path / "two")]
+    # Adam divides by the gradient's size, so where that is nearly nothing the order of its summation shows
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_failure_on_one_rank_ends_all_with_one_message(
+    recipe: dict[str, Any], write: Any, tmp_path: Path, rank: str
+) -> None:
+    script = tmp_path / "fails_on.py"
+    script.write_text(FAILS_ON)
+    config = Path(__file__).parent.parent / "accelerate_configs" / "cpu_2proc.yaml"
+    accelerate = str(Path(sys.executable).with_name("accelerate"))
+    command = [accelerate, "launch", "--config_file", str(config), "--main_process_port", "0", str(script), rank]
+    command += ["train", str(write(recipe)), "--output", str(tmp_path / "run")]
+    began = time.monotonic()
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+    )
+    assert done.stderr.count("cannot be read") == 1, done.stderr
+    assert "exitcode  : 2 " in done.stderr  # accelerate's own code is 1 whatever happened; --launch hands on the 2
+    assert done.returncode == 1
+    assert not (tmp_path / "run" / "sft").exists()
+    assert time.monotonic() - began < 90
+
+
+def test_another_world_than_was_asked_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "MASTER_PORT", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    check_world(1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RunError, match="2 processes were started"):
+        check_world(1)
+    check_world(2)
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    check_world(1)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    with pytest.raises(RunError, match="asked for several processes and started one"):
+        check_world(1)

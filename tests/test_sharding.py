@@ -1,0 +1,149 @@
+"""A sharded base: what is refused before it is loaded, and the adapter that is gathered from a really sharded model."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import toolkit
+from toolkit import adapter, sharding
+from toolkit.errors import ModelError, ProofError, RunError, ToolkitError
+from toolkit.plan import Hardware, stage_plans
+
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+GPU = Hardware("cuda", bf16=True)
+NF4 = {"load_in_4bit": True}
+
+
+@pytest.mark.parametrize(
+    ("env", "quantization", "dtype", "error", "said"),
+    [
+        (FSDP2 | {"FSDP_VERSION": "1"}, None, "bfloat16", RunError, "set fsdp_version: 2"),
+        (FSDP2, {"load_in_8bit": True}, "bfloat16", ModelError, "huggingface/peft#2833"),
+        (ZERO3, NF4, "bfloat16", ModelError, "huggingface/peft#2016"),
+        (FSDP2, NF4, "float32", ModelError, "set model.dtype: bfloat16"),
+        (FSDP2, NF4 | {"bnb_4bit_quant_storage": "uint8"}, "bfloat16", ModelError, "huggingface/accelerate#3983"),
+        (FSDP2 | {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, NF4, "auto", RunError, "huggingface/accelerate#3874"),
+    ],
+)
+def test_what_is_known_to_fail_is_refused(
+    recipe: dict[str, Any],
+    write: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    env: dict[str, str],
+    quantization: dict[str, Any] | None,
+    dtype: str,
+    error: type[ToolkitError],
+    said: str,
+) -> None:
+    recipe["quantization"], recipe["model"]["dtype"] = quantization, dtype
+    loaded = toolkit.load_recipe(write(recipe))
+    sharding.check(loaded, GPU)  # without sharding all of it is fine
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(error, match=said):
+        sharding.check(loaded, GPU)
+
+
+def test_reentrant_checkpointing_is_what_zero_3_needs(
+    recipe: dict[str, Any], write: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe["stages"][1]["trainer"]["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    for name, value in ZERO3.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ModelError, match=r"stages\[1\].trainer.gradient_checkpointing_kwargs: .*huggingface/trl#2514"):
+        sharding.check(toolkit.load_recipe(write(recipe)), GPU)
+
+
+def test_fsdp_stores_4bit_weights_as_the_base_type(
+    recipe: dict[str, Any], write: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe["quantization"], recipe["model"]["dtype"] = NF4, "auto"
+    loaded = toolkit.load_recipe(write(recipe))
+    assert "bnb_4bit_quant_storage" not in (sharding.quantization_config(loaded, GPU) or {})
+    for name, value in FSDP2.items():
+        monkeypatch.setenv(name, value)
+    assert (sharding.quantization_config(loaded, GPU) or {})["bnb_4bit_quant_storage"] == "bfloat16"
+    sharding.check(loaded, GPU)
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[Any]:
+    """A process group of one, on gloo: FSDP2 shards on CPUs as well, which accelerate does not offer."""
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+def test_an_adapter_is_gathered_from_a_sharded_model(
+    recipe: dict[str, Any], write: Any, base: Path, mesh: Any, tmp_path: Path
+) -> None:
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    loaded = toolkit.load_recipe(write(recipe))
+    plan = stage_plans(loaded, Hardware("cpu", bf16=False))[0]
+    torch.manual_seed(0)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", **plan.lora))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    whole = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    assert sharding.gathered(model) is None
+    adapter.save(model, tmp_path / "plain", "base")
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    gathered = sharding.gathered(model)
+    assert gathered is not None and gathered.keys() == whole.keys()
+    assert all(type(gathered[name]) is torch.Tensor and torch.equal(gathered[name], whole[name]) for name in whole)
+    adapter.save(model, tmp_path / "sharded", "base", gathered)
+    plain, saved = (load_file(tmp_path / name / adapter.WEIGHTS) for name in ("plain", "sharded"))
+    assert plain.keys() == saved.keys() and all(torch.equal(plain[name], saved[name]) for name in plain)
+    from toolkit.model import empty_base
+
+    expected = adapter.expected_shapes(empty_base(loaded), plan, None, "")
+    sharding.check_gathered(saved, expected)
+    first = sorted(saved)[0]
+    with pytest.raises(ProofError, match=r"lacks 1 of 28 matrices, first .* \(huggingface/peft#2500\)"):
+        sharding.check_gathered({k: v for k, v in saved.items() if k != first}, expected)
+    for part in (saved[first][:2], saved[first][:0], saved[first].flatten()):
+        with pytest.raises(ProofError, match=r"1 of 28 matrices of the saved adapter are parts, .*accelerate#4206"):
+            sharding.check_gathered(saved | {first: part}, expected)
+
+
+def launched(file: Path, output: Path, config: str, *flags: str) -> None:
+    import subprocess
+    import sys
+
+    command = [sys.executable, "-m", "toolkit", "train", str(file), "--output", str(output), "--launch", config, *flags]
+    subprocess.run(command, check=True, timeout=500)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("config", ["fsdp2", "fsdp2_qlora", "deepspeed_zero2", "deepspeed_zero3"])
+def test_a_sharded_run_of_one_process_is_proven_and_verified(
+    recipe: dict[str, Any], write: Any, tmp_path: Path, config: str
+) -> None:
+    if config.startswith("deepspeed"):
+        pytest.importorskip("deepspeed")
+    recipe["model"]["dtype"] = "bfloat16"
+    recipe["quantization"] = NF4 if config == "fsdp2_qlora" else None
+    launched(write(recipe), tmp_path / "run", config, "--num-processes", "1")
+    from toolkit.rundir import RunDirectory
+
+    record = RunDirectory(tmp_path / "run").finished("dpo")
+    assert record is not None
+    assert record["proof"]["reference_vs_start"] <= 5e-2
+    assert record["reloaded_vs_policy"] <= 5e-2
