@@ -24,18 +24,20 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """The base model's tokenizer with the recipe's chat template; padding falls back to the end token, as in TRL.
 
     Raises:
-        ModelError: no tokenizer there, or no template of that name.
+        ModelError: no tokenizer there, none with an end token, or no template of that name.
     """
-    model = recipe.model
+    model, where = recipe.model, recipe.where("model", "name_or_path")
     if Path(model.name_or_path).is_absolute() and not Path(model.name_or_path).is_dir():
-        raise ModelError(f"{recipe.where('model', 'name_or_path')}: no such folder: {model.name_or_path}")
+        raise ModelError(f"{where}: no such folder: {model.name_or_path}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             model.name_or_path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        where = recipe.where("model", "name_or_path")
+    except Exception as error:  # `tokenizers` raises plain exceptions on a damaged file, transformers a dozen types
         raise ModelError(f"{where}: no tokenizer in {model.name_or_path!r}: {first_line(error)}") from None
+    if tokenizer.eos_token is None:
+        way_out = "name one as eos_token in its tokenizer_config.json, or use another base"
+        raise ModelError(f"{where}: the tokenizer has no end token, so that no answer could ever end; {way_out}")
     if model.chat_template is not None:
         tokenizer.chat_template = _template(model.chat_template, recipe)
     if tokenizer.pad_token is None:

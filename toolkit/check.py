@@ -2,38 +2,55 @@
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 
-from toolkit import check_data, check_pairs, check_template
+from toolkit import check_data, check_pairs, check_template, processes
 from toolkit.check_access import check_access
+from toolkit.check_resources import check_resources, hardware_of, planned_for
+from toolkit.division import Sharding
 from toolkit.errors import DataError, ToolkitError
 from toolkit.findings import Finding
 from toolkit.job import StageJob
 from toolkit.prepare import Prepared, prepare
 from toolkit.recipe import Recipe
 from toolkit.rundir import RunDirectory, default_output
+from toolkit.wording import visible
 
 Part = tuple[str, list[Finding]]
 
 
-def check(recipe: Recipe, stages: dict[str, Any]) -> Iterator[Part]:
-    """The findings part by part: access, template, then each stage. Nothing is written, no weight is loaded.
+def check(
+    recipe: Recipe, stages: dict[str, Any], launch: Path | None = None, number: int | None = None
+) -> Iterator[Part]:
+    """The findings part by part: access, tokenizer, each stage, resources. Nothing is written, no weight is loaded.
 
     Args:
         stages: Filled with a summary of each stage.
+        launch: The accelerate config file of the launch the run is meant for; by default one process here.
+        number: Processes, over what that file says.
+
+    Raises:
+        RunError: the config file cannot be read.
     """
-    access = check_access(recipe)
-    yield "access", access
+    sharding = None if launch is None else Sharding.from_file(launch, number)
+    yield "access", check_access(recipe)
+    run = RunDirectory(default_output(recipe))
     try:
-        prepared = prepare(recipe, RunDirectory(default_output(recipe)))
+        prepared = prepare(recipe, run)
     except ToolkitError as error:
-        yield "run", [Finding("error", "run", *_where_and_text(error))]
+        yield "run", [Finding("error", "run", *_where_and_text(line)) for line in str(error).split("\n")]
         return
-    stages.update({job.plan.name: summary(job) for job in prepared.jobs})
-    yield from check_prepared(prepared, prepared.jobs)
+    jobs, here = prepared.jobs, prepared.hardware
+    if launch is not None and sharding is not None:
+        hardware = hardware_of(launch, sharding, here)
+        jobs = [planned_for(job, hardware) for job in jobs]
+    stages.update({job.plan.name: summary(job) for job in jobs})
+    yield from check_prepared(prepared, jobs)
+    found = check_resources(jobs, run.path, sharding, this_machine=jobs[0].hardware.device == here.device)
+    yield "resources", ([] if launch is None else [_launch_note(launch, jobs[0])]) + found
 
 
 def check_prepared(prepared: Prepared, jobs: list[StageJob]) -> Iterator[Part]:
@@ -43,26 +60,28 @@ def check_prepared(prepared: Prepared, jobs: list[StageJob]) -> Iterator[Part]:
         yield job.plan.name, _check_stage(job)
 
 
-def stop_on_errors(prepared: Prepared, jobs: list[StageJob]) -> None:
-    """Check on the main process; say its warnings on the error stream, and stop every process together on errors.
+def stop_on_errors(prepared: Prepared, jobs: list[StageJob], output: Path) -> None:
+    """Check on the main process, for all: say its warnings on the error stream, and stop on errors.
+
+    The other processes wait for its word; where it fails instead, the launcher ends them.
+
+    Args:
+        jobs: the stages that will run.
+        output: the run directory.
 
     Raises:
         DataError: with every error found.
     """
-    told: list[Any] = [None]
-    state = PartialState()
-    if state.is_main_process:
-        try:
-            found = [finding for _, findings in check_prepared(prepared, jobs) for finding in findings]
-            for finding in found:
-                if finding.level == "warning":
-                    print(f"warning: {finding}", file=sys.stderr, flush=True)
-            told = ["\n".join(str(finding) for finding in found if finding.level == "error") or None]
-        except ToolkitError as error:
-            told = [str(error)]
-    broadcast_object_list(told, from_process=0)  # the others wait here
-    if told[0]:
-        raise DataError(told[0] if state.is_main_process else "stopped, as the main process found errors")
+    if PartialState().is_main_process:
+        found = [finding for _, findings in check_prepared(prepared, jobs) for finding in findings]
+        found += check_resources(jobs, output)
+        for finding in found:
+            if finding.level == "warning":
+                print(visible(f"warning: {finding}"), file=sys.stderr, flush=True)
+        errors = [str(finding) for finding in found if finding.level == "error"]
+        if errors:
+            raise DataError("\n".join(errors))
+    processes.from_main(None)
 
 
 def summary(job: StageJob) -> dict[str, Any]:
@@ -80,8 +99,14 @@ def _check_stage(job: StageJob) -> list[Finding]:
     return found + (check_pairs.check_pairs(job) if job.plan.type == "dpo" else [])
 
 
-def _where_and_text(error: ToolkitError) -> tuple[str, str]:
+def _launch_note(file: Path, job: StageJob) -> Finding:
+    n, device = job.hardware.processes, "CPUs" if job.hardware.device == "cpu" else "GPUs"
+    kind = " computing in bf16" if job.plan.trainer.get("bf16") else ""
+    return Finding("note", "launch", str(file), f"{n} {'process' if n == 1 else 'processes'} on {device}{kind}")
+
+
+def _where_and_text(error: str) -> tuple[str, str]:
     """`file:line: key` and the sentence of an error that begins with them."""
-    where, _, text = str(error).partition(": ")
+    where, _, text = error.partition(": ")
     key, colon, rest = text.partition(": ")
     return (f"{where}: {key}", rest) if colon else (where, text)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
 
 from toolkit import chat, formats
 from toolkit.data import EMPTY, NO_ASSISTANT, NO_ROOM, SourceRows, load_numbered, talks
@@ -17,6 +18,7 @@ from toolkit.findings import Finding, Level
 from toolkit.job import StageJob
 from toolkit.recipe import Recipe
 
+Numbers = np.ndarray[Any, Any]
 READ_AT_MOST = 100_000  # rows whose text is read; tokens are counted in all rows
 FEW_STEPS = 5
 LOST_SHARE = 0.01
@@ -197,19 +199,15 @@ def _kept_supervised(job: StageJob) -> int:
     if job.plan.type == "sft":
         if not trainer.get("packing") or trainer.get("packing_strategy", "bfd") != "bfd":
             return job.data.counts.supervised
-        return sum(_seen(row["labels"][:limit]) for row in job.data.train)
-    kept = 0
-    for batch in job.data.train.with_format("arrow").iter(10_000):
-        prompt, *answers = (
-            batch.column(name).combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
-            for name in ("prompt_ids", "chosen_ids", "rejected_ids")
-        )
-        kept += sum(int(np.minimum(answer, limit - prompt).sum()) for answer in answers)
-    return kept
-
-
-def _seen(labels: list[int]) -> int:
-    return sum(label != chat.IGNORED for label in labels)
+        seen = 0
+        for lengths, labels in token_lists(job.data.train, "labels"):
+            place = np.arange(len(labels)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+            seen += int(((labels != chat.IGNORED) & (place < limit)).sum())
+        return seen
+    prompt, chosen, rejected = (
+        row_lengths(job.data.train, name) for name in ("prompt_ids", "chosen_ids", "rejected_ids")
+    )
+    return int(np.minimum(chosen, limit - prompt).sum() + np.minimum(rejected, limit - prompt).sum())
 
 
 def _merged(job: StageJob) -> list[Finding]:
@@ -230,12 +228,29 @@ def _double_begin(job: StageJob) -> list[Finding]:
     begin, found = job.tokenizer.bos_token_id, []
     column = "input_ids" if job.plan.type == "sft" else "prompt_ids"
     for source in job.data.sources if begin is not None else []:
-        ids = source.tokens.select_columns(column)
-        rows = tuple(source.numbers[i] for i, row in enumerate(ids) if row[column][:2] == [begin, begin])
+        twice = []
+        for lengths, ids in token_lists(source.tokens, column):
+            first = np.cumsum(lengths) - lengths
+            pairs = np.append(ids, [-1, -1])  # so that every row has a second token to look at
+            twice.append((lengths > 1) & (pairs[first] == begin) & (pairs[first + 1] == begin))
+        rows = tuple(source.numbers[i] for i in np.flatnonzero(np.concatenate(twice)).tolist())
         if rows:
             text = f"{len(rows):,} rows begin with {job.tokenizer.bos_token} twice; remove the one in the text"
             found.append(Finding("warning", "double-bos", source.where, text, rows))
     return found
+
+
+def token_lists(rows: Dataset, column: str) -> Iterator[tuple[Numbers, Numbers]]:
+    """A column of lists, part by part: the length of each list, and all of their values end to end."""
+    for part in rows.select_columns([column]).with_format("arrow").iter(10_000):
+        lists = part.column(column).combine_chunks()
+        lengths, values = lists.value_lengths(), lists.flatten()
+        yield lengths.to_numpy(zero_copy_only=False).astype(np.int64), values.to_numpy(zero_copy_only=False)
+
+
+def row_lengths(rows: Dataset, column: str) -> Numbers:
+    """Tokens of each row of a column, `(rows,)`."""
+    return np.concatenate([lengths for lengths, _ in token_lists(rows, column)])
 
 
 # --- text ------------------------------------------------------------------------------------------------------------

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from toolkit import formats
-from toolkit.check_data import prompt_key, row_key, some_rows
+from toolkit.check_data import prompt_key, row_key, row_lengths, some_rows
 from toolkit.data import SourceRows
-from toolkit.findings import Finding
+from toolkit.findings import Finding, Level
 from toolkit.job import StageJob
 
 LENGTH_BIAS, ENOUGH_PAIRS = 0.65, 20
@@ -23,30 +23,25 @@ SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score")
 def check_pairs(job: StageJob) -> list[Finding]:
     """The pairs of a DPO stage, as text and in tokens."""
     total = sum(len(source.rows) for source in job.data.sources)
-    found = _length_bias(job)
+    found: list[Finding] = []
     for i, source in enumerate(job.data.sources):
-        found += _crosswise(job, i, source) + _as_text(job, source, total)
+        found += _length_bias(source) + _crosswise(job, i, source) + _as_text(job, source, total)
     return found
 
 
-def _length_bias(job: StageJob) -> list[Finding]:
-    chosen, rejected = (
-        np.concatenate([
-            batch.column(name).combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
-            for batch in job.data.train.with_format("arrow").iter(10_000)
-        ])
-        for name in ("chosen_ids", "rejected_ids")
-    )  # fmt: skip
-    if len(chosen) < ENOUGH_PAIRS:
+def _length_bias(source: SourceRows) -> list[Finding]:
+    """Whether the answer could be told by its length, in tokens before they are cut."""
+    chosen, rejected = (row_lengths(source.tokens, name) for name in ("chosen_ids", "rejected_ids"))
+    pairs = int(((chosen > 0) & (rejected > 0)).sum())
+    if pairs < ENOUGH_PAIRS:
         return []
     for longer, other, word in ((chosen, rejected, "chosen"), (rejected, chosen, "rejected")):
-        share = float((longer > other).mean())
-        if share > LENGTH_BIAS:
-            text = (
-                f"{word} is the longer one in {share:.0%} of {len(chosen):,} pairs (means: chosen {chosen.mean():.0f}, "
-            )
-            text += f"rejected {rejected.mean():.0f} tokens): the model may learn length instead"
-            return [Finding("warning" if word == "chosen" else "note", "length-bias", job.where("data"), text)]
+        rows = tuple(source.numbers[i] for i in np.flatnonzero(longer > other).tolist())
+        if len(rows) > LENGTH_BIAS * pairs:
+            text = f"{word} is the longer one in {len(rows) / pairs:.0%} of {pairs:,} pairs (means: chosen "
+            text += f"{chosen.sum() / pairs:.0f}, rejected {rejected.sum() / pairs:.0f} tokens): the model may learn "
+            level: Level = "warning" if word == "chosen" else "note"
+            return [Finding(level, "length-bias", source.where, f"{text}length instead", rows)]
     return []
 
 

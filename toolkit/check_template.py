@@ -18,8 +18,6 @@ def check_tokenizer(recipe: Recipe, tokenizer: Any) -> list[Finding]:
     """The end and padding tokens."""
     where = recipe.where("model", "name_or_path")
     end, pad = tokenizer.eos_token, tokenizer.pad_token
-    if end is None:
-        return [Finding("error", "no-end-token", where, "the tokenizer has no end token, so no answer could ever end")]
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
         text = (
             f"pads with its end token {end}; padding is masked by its place, so the end of an answer is still trained"
@@ -32,7 +30,7 @@ def check_tokenizer(recipe: Recipe, tokenizer: Any) -> list[Finding]:
 def check_template(recipe: Recipe, plan: StagePlan, data: StageData, tokenizer: Any) -> list[Finding]:
     """How the template renders this stage's conversations; nothing where its rows are plain text."""
     spoken = [source for source in data.sources if talks(source.rows, source.shape)]
-    if not spoken or tokenizer.eos_token is None:
+    if not spoken:
         return []
     where = recipe.where("model", "chat_template")
     turns = plan.type == "sft" and any(source.shape in ("messages", "sharegpt") for source in spoken)

@@ -104,47 +104,32 @@ def _add_check(commands: Any) -> None:
     command.add_argument("--offline", action="store_true", help="do not ask the Hub")
     command.add_argument("--json", action="store_true", help="one JSON object, for machines")
     command.add_argument("--strict", action="store_true", help="warnings are errors")
+    command.add_argument("--launch", metavar="CONFIG", help="estimate for this launch: ddp, fsdp2, ..., or a file")
+    command.add_argument("--num-processes", type=int, metavar="N", help="processes (GPUs) of that launch")
 
 
 def _check(args: argparse.Namespace) -> int:
     from toolkit.errors import RecipeError
     from toolkit.findings import Finding
+    from toolkit.report import Report
 
     if args.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
-    parts: Any = []
-    stages: dict[str, Any] = {}
+    report = Report(args.recipe, args.json, args.strict)
+    config = launch.config_for_check(args.launch, args.num_processes)
     try:
         recipe = _recipe(args)
     except RecipeError as error:
         wrong = [Finding("error", "recipe", ": ".join(filter(None, (p.where, p.key))), p.text) for p in error.problems]
-        parts = [("recipe", wrong)]
-    else:
-        if not args.json:
-            print("recipe\n  ok", flush=True)
-        _quiet()
-        from toolkit.check import check
+        report.part("recipe", wrong)
+        return report.finish()
+    report.part("recipe", [])
+    _quiet()
+    from toolkit.check import check
 
-        parts = check(recipe, stages)
-    return _show(parts, stages, args)
-
-
-def _show(parts: Any, stages: dict[str, Any], args: argparse.Namespace) -> int:
-    """Print findings as they come, or all of them as JSON; the exit code."""
-    import json
-
-    findings: list[Any] = []
-    for title, found in parts:
-        findings += found
-        if not args.json:
-            print(title, *(f"  {f.level:<8} {f} [{f.check}]" for f in found), sep="\n", flush=True)
-    n = {level: sum(f.level == level for f in findings) for level in ("error", "warning", "note")}
-    if args.json:
-        told = {"recipe": args.recipe, "findings": [f.as_dict() for f in findings], "stages": stages, "counts": n}
-        print(json.dumps(told))
-    else:
-        print(f"\n{n['error']} errors, {n['warning']} warnings, {n['note']} notes")
-    return 2 if n["error"] or (args.strict and n["warning"]) else 0
+    for title, found in check(recipe, report.stages, config, args.num_processes):
+        report.part(title, found)
+    return report.finish()
 
 
 def _add_preview(commands: Any) -> None:
@@ -158,24 +143,9 @@ def _add_preview(commands: Any) -> None:
 def _preview(args: argparse.Namespace) -> int:
     recipe = _recipe(args)
     _quiet()
-    from rich.console import Console
+    from toolkit.preview import preview
 
-    from toolkit import preview
-    from toolkit.errors import RunError
-    from toolkit.prepare import prepare
-    from toolkit.rundir import RunDirectory, default_output
-
-    jobs = prepare(recipe, RunDirectory(default_output(recipe))).jobs
-    names = [job.plan.name for job in jobs]
-    if args.stage not in (None, *names):
-        raise RunError(f"{args.stage}: no such stage; the recipe has {', '.join(names)}")
-    console = Console(highlight=False, soft_wrap=False)
-    marks = f"between {preview.OPEN} and {preview.CLOSE}"
-    console.print(f"supervised: green, or {marks} without colour; masked: dim or unmarked")
-    for job in jobs:
-        if args.stage in (None, job.plan.name):
-            rows = range(min(args.n, job.data.steps_rows)) if args.row is None else [preview.row_at(job, args.row)]
-            preview.show(job, console, list(rows))
+    preview(recipe, args.stage, args.n, args.row)
     return 0
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import datasets
 from datasets import Dataset, concatenate_datasets
+from jinja2 import TemplateError
 
 from toolkit import chat, formats, packing
 from toolkit.errors import DataError, ModelError
@@ -320,6 +321,8 @@ def _preference_ids(
 
 
 def _row_error(where: str, index: int, error: Exception) -> DataError:
+    if isinstance(error, TemplateError):
+        return DataError(f"{where}: row {index}: the chat template cannot render it: {chat.first_line(error)}")
     text = f"no key {error}" if isinstance(error, KeyError) else chat.first_line(error)
     return DataError(f"{where}: row {index}: cannot be read as this format: {text}")
 

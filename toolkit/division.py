@@ -36,12 +36,7 @@ class Sharding:
         Raises:
             RunError: it cannot be read, or is not a mapping.
         """
-        try:
-            config: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-            raise RunError(f"{file}: not an accelerate config file: {str(error).splitlines()[0]}") from None
-        if not isinstance(config, dict):
-            raise RunError(f"{file}: not an accelerate config file: a mapping is expected")
+        config = mapping_of(file)
         n = processes or int(config.get("num_processes") or 1)
         if config.get("distributed_type") == "FSDP":
             fsdp = config.get("fsdp_config") or {}
@@ -67,3 +62,18 @@ class Sharding:
             processes if stage >= 2 else 1,
             processes if stage >= 1 else 1,
         )
+
+
+def mapping_of(file: Path) -> dict[str, Any]:
+    """What stands in an accelerate config file.
+
+    Raises:
+        RunError: it cannot be read, or is not a mapping.
+    """
+    try:
+        config: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RunError(f"{file}: not an accelerate config file: {str(error).splitlines()[0]}") from None
+    if not isinstance(config, dict):
+        raise RunError(f"{file}: not an accelerate config file: a mapping is expected")
+    return config

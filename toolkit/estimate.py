@@ -1,32 +1,26 @@
-"""What a stage will need: memory of each process, item by item, and disk; and whether this machine has it.
+"""What a stage will need: memory of each process, item by item, and disk.
 
 Figures are bytes. The memory of activations and logits comes from `toolkit.memory`, which runs the model's own code
 without data on the longest batch there is; everything else is counted.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import PreTrainedModel
 
-from toolkit import memory, packing
-from toolkit.chat import IGNORED, first_line
+from toolkit import longest, memory
+from toolkit.chat import first_line
 from toolkit.division import Sharding
-from toolkit.findings import Finding
 from toolkit.job import StageJob
 from toolkit.plan import model_dtype, quantization
-from toolkit.prefix import PairCollator, causal_of
-from toolkit.prefix_check import reason_against
+from toolkit.prefix import causal_of
 
 CUDA_CONTEXT = 512 * 2**20  # the driver's context and cuBLAS' workspace on each GPU, about
 STATES = {"adafactor": 0.05, "sgd": 0, "lion": 1, "rmsprop": 1, "adagrad": 1}  # copies of the parameters; else Adam's 2
 REFERENCE_ROWS = 2  # the reference pass takes so many times the rows of a training step
 HEAD = {"sft": ("log_probs", "entropy", "is_top1"), "dpo": ("log_probs", "entropy", "mean_logits", "is_top1")}
-NEARLY_FULL = 0.9
 
 
 @dataclass(frozen=True)
@@ -75,14 +69,6 @@ class StageEstimate:
 
 
 @dataclass(frozen=True)
-class Saving:
-    """A change to the recipe, and the bytes of peak memory it is estimated to save."""
-
-    setting: str
-    bytes: int
-
-
-@dataclass(frozen=True)
 class _Fixed:
     """What does not depend on the batch."""
 
@@ -107,8 +93,8 @@ def estimate(job: StageJob, empty: PreTrainedModel, sharding: Sharding | None = 
     """
     sharding = sharding or Sharding.current(job.hardware.processes)
     fixed = _fixed(job, empty, sharding)
-    rows = longest_rows(_training_rows(job), _batch_size(job))
-    batch = _collated(job, rows, empty)
+    rows = longest.longest_rows(longest.training_rows(job), longest.batch_size(job))
+    batch = longest.collated(job, rows, empty)
     unknown = ""
     try:
         step = memory.measure(empty, batch, _run(job))
@@ -142,15 +128,6 @@ def estimate(job: StageJob, empty: PreTrainedModel, sharding: Sharding | None = 
     )
 
 
-def savings(job: StageJob, empty: PreTrainedModel, sharding: Sharding | None = None) -> list[Saving]:
-    """The three changes that would save most, the largest first; each leaves the effective batch as it is."""
-    now = estimate(job, empty, sharding).peak
-    found = [
-        Saving(setting, now - estimate(changed(job), empty, sharding).peak) for setting, changed in _changes(job, empty)
-    ]
-    return sorted((s for s in found if s.bytes > 0), key=lambda s: -s.bytes)[:3]
-
-
 def weight_bytes(empty: PreTrainedModel, dtype: torch.dtype, quantized: dict[str, Any] | None) -> int:
     """Bytes of the base as it is held: linear layers but the head at this quantization, all else in `dtype`."""
     kept = set((quantized or {}).get("llm_int8_skip_modules") or [])
@@ -162,17 +139,6 @@ def weight_bytes(empty: PreTrainedModel, dtype: torch.dtype, quantized: dict[str
     for module in packed.values():
         total += _packed_bytes(module.weight.shape, quantized or {})
     return total
-
-
-def longest_rows(rows: Dataset, n: int) -> list[dict[str, Any]]:
-    """The `n` rows with most tokens: the batch that needs most memory."""
-    lengths = torch.zeros(0, dtype=torch.long)
-    names = [name for name in ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids") if name in rows.column_names]
-    for part in rows.select_columns(names).with_format("arrow").iter(10_000):
-        columns = [part.column(name).combine_chunks().value_lengths().to_numpy(zero_copy_only=False) for name in names]
-        lengths = torch.cat([lengths, torch.from_numpy(sum(columns)).long()])
-    order = torch.sort(lengths, descending=True, stable=True).indices[:n].tolist()
-    return [rows[i] for i in order]
 
 
 def text(found: StageEstimate) -> str:
@@ -197,47 +163,6 @@ def text(found: StageEstimate) -> str:
         f"tokenized rows {amount(disk.tokenized_cache)}, reference cache {amount(disk.reference_cache)}"
     )
     return "\n".join(lines)
-
-
-def findings(found: list[StageEstimate], device_bytes: int | None, free: dict[Path, int]) -> list[Finding]:
-    """What does not fit, or hardly.
-
-    Args:
-        device_bytes: memory of the GPU of one process; `None` where there is none.
-        free: free bytes by folder: first the run directory's, then, if it lies on another disk, the cache's.
-    """
-    said: list[Finding] = []
-    for stage in found:
-        if stage.unknown:
-            said.append(Finding("note", "memory-unknown", stage.name, f"activations not estimated: {stage.unknown}"))
-        if device_bytes is not None:
-            said += _memory_findings(stage, device_bytes)
-    folders = list(free)
-    needs = [sum(stage.disk.output for stage in found), sum(stage.disk.reference_cache for stage in found)]
-    if len(folders) == 1:
-        needs = [sum(needs)]
-    for folder, need in zip(folders, needs, strict=False):
-        said += _disk_findings(folder, need, free[folder])
-    return said
-
-
-def free_bytes(folders: list[Path]) -> dict[Path, int]:
-    """Free bytes of the disks that these folders are, or will be, on; a disk is named once."""
-    import shutil
-
-    free: dict[Path, int] = {}
-    disks = set()
-    for folder in folders:
-        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-        if there.stat().st_dev not in disks:
-            disks.add(there.stat().st_dev)
-            free[folder] = shutil.disk_usage(there).free
-    return free
-
-
-def device_bytes() -> int | None:
-    """Memory of this process's GPU; `None` without one."""
-    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if _cuda() else None
 
 
 def amount(size: float) -> str:
@@ -290,9 +215,9 @@ def _other_phases(job: StageJob, empty: PreTrainedModel, fixed: _Fixed) -> dict[
     logits = _whole_logits(job, empty)
     phases = {"verification": held + fixed.optimizer + logits}
     if job.plan.type == "dpo" and job.plan.reference_from == "cached":
-        rows = longest_rows(job.data.train, REFERENCE_ROWS * _batch_size(job))
+        rows = longest.longest_rows(job.data.train, REFERENCE_ROWS * longest.batch_size(job))
         run = replace(_run(job), training=False)
-        forward = memory.measure(empty, _collated(job, rows, empty), run)
+        forward = memory.measure(empty, longest.collated(job, rows, empty), run)
         phases["reference pass"] = round(held + forward.total)
     return phases
 
@@ -300,17 +225,11 @@ def _other_phases(job: StageJob, empty: PreTrainedModel, fixed: _Fixed) -> dict[
 def _whole_logits(job: StageJob, empty: PreTrainedModel) -> int:
     """Of one of the rows that proofs compare, by plain transformers: logits, as float32, and their log-softmax."""
     rows = [job.data.train[i] for i in range(min(4, len(job.data.train)))]
-    columns = max(_columns(row) for row in rows)
+    columns = max(longest.columns(row) for row in rows)
     columns = min(columns, job.plan.max_length or columns)
     size = _dtype(job).itemsize
     vocabulary = causal_of(empty).get_output_embeddings().weight.shape[0]
     return columns * vocabulary * (size + (4 if size < 4 else 0) + 4)
-
-
-def _columns(row: dict[str, Any]) -> int:
-    if "input_ids" in row:
-        return len(row["input_ids"])
-    return len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
 
 
 def _run(job: StageJob) -> memory.Run:
@@ -345,41 +264,6 @@ def _lora(job: StageJob) -> dict[str, Any]:
     return {"r": 16, "target_modules": "all-linear"} | own
 
 
-def _collated(job: StageJob, rows: list[dict[str, Any]], empty: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The batch as the trainer's collator shapes it, with labels; masks only where there is padding."""
-    pad, limit = job.tokenizer.pad_token_id, job.plan.max_length
-    if job.plan.type == "sft":
-        parts = [(row["input_ids"][:limit], row["labels"][:limit] if "labels" in row else None) for row in rows]
-        sides = [(ids, labels or ids) for ids, labels in parts]
-    elif job.plan.prefix_sharing and reason_against(empty) is None:
-        batch = PairCollator(pad, limit)(rows)
-        batch.pop("ref_chosen_logps", None), batch.pop("ref_rejected_logps", None)
-        mask = batch.pop("completion_mask")
-        return batch | {"labels": batch["input_ids"].masked_fill(mask == 0, IGNORED)}
-    else:
-        sides = []
-        for side in ("chosen_ids", "rejected_ids"):
-            for row in rows:
-                ids = (row["prompt_ids"] + row[side])[:limit]
-                sides.append((ids, ([IGNORED] * len(row["prompt_ids"]) + row[side])[:limit]))
-    longest = max(len(ids) for ids, _ in sides)
-    batch = {
-        "input_ids": torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in sides]),
-        "labels": torch.tensor([labels + [IGNORED] * (longest - len(labels)) for _, labels in sides]),
-    }
-    if any(len(ids) < longest for ids, _ in sides) or job.plan.trainer.get("packing"):
-        batch["attention_mask"] = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in sides])
-    return batch
-
-
-def _training_rows(job: StageJob) -> Dataset:
-    return packing.pack(job.plan, job.data.train) if job.plan.trainer.get("packing") else job.data.train
-
-
-def _batch_size(job: StageJob) -> int:
-    return int(job.plan.trainer.get("per_device_train_batch_size", 8))
-
-
 def _dtype(job: StageJob) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, model_dtype(job.recipe, job.hardware))
     return dtype
@@ -398,42 +282,7 @@ def _packed_bytes(shape: Any, quantized: dict[str, Any]) -> int:
     return values // 2 + scales
 
 
-# --- what would help -------------------------------------------------------------------------------------------------
-
-
-def _changes(job: StageJob, empty: PreTrainedModel) -> list[tuple[str, Callable[[StageJob], StageJob]]]:
-    asked, changes = job.plan.trainer, []
-    size, accumulated = _batch_size(job), asked.get("gradient_accumulation_steps", 1)
-    if size > 1:
-        smaller = {"per_device_train_batch_size": size // 2}
-        smaller["gradient_accumulation_steps"] = accumulated * size // (size // 2)
-        changes.append((_setting(smaller), _with_trainer(smaller)))
-    if not asked.get("gradient_checkpointing", True):
-        changes.append((_setting({"gradient_checkpointing": True}), _with_trainer({"gradient_checkpointing": True})))
-    columns = max(_columns(row) for row in longest_rows(_training_rows(job), 1))
-    half = {"max_length": max(min(columns, job.plan.max_length or columns) // 2, 1)}
-    changes.append((_setting(half), _with_trainer(half)))
-    if not (quantization(job.recipe) or {}).get("load_in_4bit"):
-        changes.append(("quantization: {load_in_4bit: true}", _in_4bit))
-    if "8bit" not in asked.get("optim", "") and "paged" not in asked.get("optim", ""):
-        changes.append((_setting({"optim": "paged_adamw_8bit"}), _with_trainer({"optim": "paged_adamw_8bit"})))
-    return changes
-
-
-def _setting(values: dict[str, Any]) -> str:
-    written = ", ".join(f"{key}: {str(value).lower()}" for key, value in values.items())
-    return f"trainer: {{{written}}}"
-
-
-def _with_trainer(values: dict[str, Any]) -> Callable[[StageJob], StageJob]:
-    return lambda job: replace(job, plan=replace(job.plan, trainer=job.plan.trainer | values))
-
-
-def _in_4bit(job: StageJob) -> StageJob:
-    return replace(job, recipe=job.recipe.model_copy(update={"quantization": {"load_in_4bit": True}}))
-
-
-# --- disk and fit ----------------------------------------------------------------------------------------------------
+# --- disk ------------------------------------------------------------------------------------------------------------
 
 
 def _disk(job: StageJob, empty: PreTrainedModel) -> Disk:
@@ -453,31 +302,3 @@ def _disk(job: StageJob, empty: PreTrainedModel) -> Disk:
         reference_cache=8 * counts.rows if job.plan.reference_from == "cached" else 0,
         tokenized_cache=8 * counts.tokens * (2 if job.plan.type == "sft" else 1),
     )
-
-
-def _memory_findings(stage: StageEstimate, there: int) -> list[Finding]:
-    has = f"this GPU has {amount(there)}"
-    if stage.items["weights"] + stage.items["context"] > there:
-        text = (
-            f"the weights alone need {amount(stage.items['weights'])}, {has}; use load_in_4bit, FSDP or a smaller base"
-        )
-        return [Finding("error", "memory", stage.name, text)]
-    if stage.peak > NEARLY_FULL * there:
-        text = (
-            f"about {amount(stage.peak)} at the peak ({stage.worst}), {has}; a smaller per_device_train_batch_size "
-            f"with more gradient_accumulation_steps, gradient_checkpointing or a smaller max_length need less"
-        )
-        return [Finding("warning", "memory", stage.name, text)]
-    return []
-
-
-def _disk_findings(folder: Path, need: int, free: int) -> list[Finding]:
-    if need <= NEARLY_FULL * free:
-        return []
-    said = f"about {amount(need)} will be written, {amount(free)} are free"
-    way_out = "free some, lower save_total_limit, or choose another disk with --output"
-    return [Finding("error" if need > free else "warning", "disk", str(folder), f"{said}; {way_out}")]
-
-
-def _cuda() -> bool:
-    return torch.cuda.is_available()

@@ -45,6 +45,19 @@ def config_file(name: str) -> Path:
     return known[name]
 
 
+def config_for_check(name: str | None, processes: int | None) -> Path | None:
+    """The configuration that `toolkit check` estimates for.
+
+    Raises:
+        RunError: it does not exist, or a number of processes stands without it.
+    """
+    if name is None and processes is not None:
+        raise RunError("--num-processes: is for --launch; add --launch ddp, or the configuration's name")
+    if processes is not None and processes < 1:
+        raise RunError(f"--num-processes: {processes}: a number from 1 is expected")
+    return None if name is None else config_file(name)
+
+
 def configs() -> dict[str, Path]:
     """Name -> file of every configuration that comes with the toolkit."""
     folder = next((folder for folder in FOLDERS if folder.is_dir()), FOLDERS[0])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from toolkit import estimate, model
+from toolkit import estimate, longest, model, relief
 from toolkit.chat import first_line
 from toolkit.errors import RunError
 from toolkit.job import StageJob
@@ -54,7 +54,7 @@ def probe(trainer: Any, job: StageJob, wrapped: Any = None) -> int:
         torch.OutOfMemoryError: the batch does not fit.
     """
     trained = trainer.model if wrapped is None else wrapped
-    rows = estimate.longest_rows(trainer.train_dataset, trainer.args.per_device_train_batch_size)
+    rows = longest.longest_rows(trainer.train_dataset, trainer.args.per_device_train_batch_size)
     with _undisturbed(trainer):
         room = _optimizer_room(trainer, job)
         _reset_peak()
@@ -93,7 +93,7 @@ def explanation(job: StageJob, error: BaseException, when: str) -> str:
     lines = [f"{job.where()}: out of memory on {job.hardware.device} {when}: {first_line(error)}"]
     empty = model.empty_base(job.recipe)
     lines.append(estimate.text(estimate.estimate(job, empty)))
-    helpful = estimate.savings(job, empty)
+    helpful = relief.savings(job, empty)
     if helpful:
         lines.append("these would help most, by the estimate:")
         lines += [f"  {saving.setting}   saves {estimate.amount(saving.bytes)}" for saving in helpful]

@@ -63,7 +63,7 @@ def train(
     if recipe.evaluate is not None:
         evaluate.held_out_rows(recipe, prepared.tokenizer)  # better now than after hours
     asked = [job for job in prepared.jobs if states[job.plan.name] != "finished" and stage in (None, job.plan.name)]
-    check.stop_on_errors(prepared, asked)
+    check.stop_on_errors(prepared, asked, run.path)
     say(plan_text(prepared, states) + "\n")
     with _alone(run):
         _record(prepared, run)

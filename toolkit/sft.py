@@ -50,6 +50,11 @@ def build(job: StageJob, base: PreTrainedModel) -> SFTTrainer:
     return built
 
 
+def packed_rows(job: StageJob, rows: Dataset) -> Dataset:
+    """Rows of the stage packed, in the order the trainer is given them."""
+    return _shuffled(job, packing.pack(job.plan, _shuffled(job, rows)))
+
+
 def _packed(job: StageJob, model: Any) -> dict[str, Any]:
     reason = reason_against(model)
     if reason is not None:
@@ -60,7 +65,7 @@ def _packed(job: StageJob, model: Any) -> dict[str, Any]:
     packed_eval = job.data.eval is not None and eval_packing is not False
     return {
         "args": arguments(job, packing=False, eval_packing=None, dataset_kwargs={"skip_prepare_dataset": True}),
-        "train_dataset": _shuffled(job, packing.pack(job.plan, _shuffled(job, job.data.train))),
+        "train_dataset": packed_rows(job, job.data.train),
         "eval_dataset": packing.pack(job.plan, job.data.eval) if packed_eval and job.data.eval else job.data.eval,
         "data_collator": packing.RowsOfDocuments(job.tokenizer.pad_token_id),
     }

@@ -1,10 +1,12 @@
 """How problems with a value are worded: what kind of thing was found, in short, and what was probably meant."""
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
 LONGEST_KEY = 80  # characters; nobody misspells a word of that length
+UNSEEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")  # categories of characters that are not seen but may act
 KINDS = {
     dict: "a mapping",
     list: "a list",
@@ -44,3 +46,16 @@ def did_you_mean(key: Any, known: Iterable[Any]) -> str:
     """`; did you mean 'beta'?`, or nothing where nothing is near."""
     found = near(key, known)
     return f"; did you mean '{found}'?" if found else ""
+
+
+def visible(text: str, marks: str = "") -> str:
+    """Text of anybody's with all but its letters, blanks and line ends as escapes: a terminal takes none as a command.
+
+    Args:
+        marks: further characters to escape.
+    """
+
+    def plain(c: str) -> bool:
+        return c == "\n" or (unicodedata.category(c) not in UNSEEN and c not in marks)
+
+    return text if text.isascii() and text.isprintable() else "".join(c if plain(c) else ascii(c)[1:-1] for c in text)

@@ -1,0 +1,51 @@
+"""What each stage will need, for the launch it is meant for, and whether this machine has it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from toolkit import cache, estimate, fit, model
+from toolkit.chat import first_line
+from toolkit.division import Sharding, mapping_of
+from toolkit.findings import Finding
+from toolkit.job import StageJob
+from toolkit.plan import Hardware, stage_plans
+from toolkit.trainer import optimizer_steps
+
+
+def check_resources(
+    jobs: list[StageJob], output: Path, sharding: Sharding | None = None, *, this_machine: bool = True
+) -> list[Finding]:
+    """The estimate of each stage as a note; what does not fit, or hardly.
+
+    Args:
+        output: the run directory.
+        sharding: see `estimate.estimate`.
+        this_machine: whether the stages are meant for this machine's GPU.
+    """
+    if not jobs:
+        return []
+    try:
+        empty = model.empty_base(jobs[0].recipe)
+        stages = [estimate.estimate(job, empty, sharding) for job in jobs]
+    except Exception as error:  # runs a model's own code; without an estimate a run is as good as before
+        text = f"memory and disk could not be estimated: {type(error).__name__}: {first_line(error)}"
+        return [Finding("note", "estimate", jobs[0].recipe.where("model", "name_or_path"), text)]
+    told = [Finding("note", "estimate", s.name, estimate.text(s).removeprefix(s.name).lstrip()) for s in stages]
+    device = fit.device_bytes() if this_machine and jobs[0].hardware.device == "cuda" else None
+    return told + fit.findings(stages, device, fit.free_bytes([output, cache.folder()]))
+
+
+def hardware_of(file: Path, sharding: Sharding, here: Hardware) -> Hardware:
+    """What an accelerate config file runs on: this machine's device, or GPUs that compute in bf16 where it has none."""
+    if mapping_of(file).get("use_cpu"):
+        return Hardware("cpu", bf16=False, processes=sharding.processes)
+    if here.device != "cpu":
+        return replace(here, processes=sharding.processes)
+    return Hardware("cuda", bf16=True, processes=sharding.processes)
+
+
+def planned_for(job: StageJob, hardware: Hardware) -> StageJob:
+    """The same stage on other hardware: its plan and its number of steps."""
+    plan = stage_plans(job.recipe, hardware)[job.plan.index]
+    steps = optimizer_steps(job.data.steps_rows, plan, hardware)
+    return replace(job, plan=plan, hardware=hardware, steps=steps)
