@@ -41,23 +41,3 @@ def test_rows_keep_the_numbers_of_their_source(checked: Any) -> None:
         row["rejected"] = [{"role": "assistant", "content": "no"}]
     named = checked(rows, limit=10)["identical-pair"]["rows"]
     assert named and all(number % 2 for number in named) and max(named) > 10
-
-
-def test_preview_marks_what_is_supervised(recipe: dict[str, Any], write: Any, capsys: Any) -> None:
-    assert main(["preview", str(write(recipe)), "--stage", "sft", "-n", "1"]) == 0
-    assert "⟦it is is the<|im_end|>⟧" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("packing", [False, True])
-def test_preview_is_the_batch_of_the_trainer(recipe: dict[str, Any], write: Any, tmp_path: Path, packing: bool) -> None:
-    import toolkit
-    from toolkit import model, preview, sft
-    from toolkit.prepare import prepare
-    from toolkit.rundir import RunDirectory
-
-    recipe["stages"][0]["trainer"] |= {"packing": packing, "max_length": 30}
-    job = prepare(toolkit.load_recipe(write(recipe)), RunDirectory(tmp_path / "run")).jobs[0]
-    built = sft.build(job, model.load_base(job.recipe, job.hardware))
-    row = built.train_dataset[0]
-    batch = built.data_collator([row])
-    assert preview.supervised_row(job, row) == (batch["input_ids"][0].tolist(), batch["labels"][0].tolist())

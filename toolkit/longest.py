@@ -65,4 +65,4 @@ def training_rows(job: StageJob) -> Dataset:
 
 def batch_size(job: StageJob) -> int:
     """Rows of one forward pass."""
-    return int(job.plan.trainer.get("per_device_trainbatch_size", 8))
+    return int(job.plan.trainer.get("per_device_train_batch_size", 8))

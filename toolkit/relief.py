@@ -34,7 +34,7 @@ def _changes(job: StageJob, empty: PreTrainedModel) -> list[tuple[str, Callable[
     asked, changes = job.plan.trainer, []
     size, accumulated = longest.batch_size(job), asked.get("gradient_accumulation_steps", 1)
     if size > 1:
-        smaller = {"per_device_trainlongest.batch_size": size // 2}
+        smaller = {"per_device_train_batch_size": size // 2}
         smaller["gradient_accumulation_steps"] = accumulated * size // (size // 2)
         changes.append((_setting(smaller), _with_trainer(smaller)))
     if not asked.get("gradient_checkpointing", True):
