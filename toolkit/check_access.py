@@ -58,6 +58,7 @@ def _exists(api: Any, kind: str, name: str, revision: str | None, where: str) ->
     def ask() -> list[Finding]:
         from huggingface_hub.errors import (
             GatedRepoError,
+            HfHubHTTPError,
             HFValidationError,
             RepositoryNotFoundError,
             RevisionNotFoundError,
@@ -77,6 +78,11 @@ def _exists(api: Any, kind: str, name: str, revision: str | None, where: str) ->
             text = f"the Hub has no {kind} {name}{at}, or hides it from this token; {ways}"
         except HFValidationError:
             text = f"{name!r} is neither a file or folder here nor a Hub id"
+        except HfHubHTTPError as error:
+            status = error.response.status_code if error.response is not None else None
+            if status not in (401, 403):
+                raise
+            text = f"the Hub refuses the {kind} {name}{at} ({status}); {ways}"
         else:
             return [Finding("note", "access", where, f"the {kind} {name} is on the Hub{at}")]
         return [Finding("error", "access", where, text)]

@@ -45,8 +45,8 @@ class Text:
 def check_lengths(job: StageJob) -> list[Finding]:
     """Rows, tokens, what is cut and dropped, and how full packed rows are; over all rows."""
     data, where = job.data, job.where("data")
-    length = np.concatenate([np.asarray(source.tokens["length"]) for source in data.sources])
-    supervised = np.concatenate([np.asarray(source.tokens["supervised"]) for source in data.sources])
+    length = np.concatenate([values(source.tokens, "length") for source in data.sources])
+    supervised = np.concatenate([values(source.tokens, "supervised") for source in data.sources])
     kept = supervised > 0
     text = f"{data.counts.rows:,} rows; tokens {_spread(length[kept])}, supervised {_spread(supervised[kept])}"
     text += f"; max_length {job.plan.max_length}"
@@ -167,7 +167,7 @@ def _spread(values: Any) -> str:
 
 
 def _dropped(source: SourceRows) -> list[Finding]:
-    status = np.asarray(source.tokens["status"])
+    status = values(source.tokens, "status")
     found = []
     for reason, (check, text) in DROPPED.items():
         rows = tuple(source.numbers[i] for i in np.flatnonzero(status == reason).tolist())
@@ -180,7 +180,7 @@ def _truncated(job: StageJob, whole: int) -> list[Finding]:
     kept, found = _kept_supervised(job), []
     lost = 1 - kept / max(whole, 1)
     for source in job.data.sources:
-        cut = np.asarray(source.tokens["length"]) > (job.plan.max_length or np.inf)
+        cut = values(source.tokens, "length") > (job.plan.max_length or np.inf)
         rows = tuple(source.numbers[i] for i in np.flatnonzero(cut).tolist())
         if rows:
             text = (
@@ -200,20 +200,22 @@ def _kept_supervised(job: StageJob) -> int:
         if not trainer.get("packing") or trainer.get("packing_strategy", "bfd") != "bfd":
             return job.data.counts.supervised
         seen = 0
-        for lengths, labels in token_lists(job.data.train, "labels"):
-            place = np.arange(len(labels)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-            seen += int(((labels != chat.IGNORED) & (place < limit)).sum())
+        for source in job.data.sources:
+            for lengths, labels in token_lists(source.tokens, "labels"):
+                place = np.arange(len(labels)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+                seen += int(((labels != chat.IGNORED) & (place < limit)).sum())
         return seen
-    prompt, chosen, rejected = (
-        row_lengths(job.data.train, name) for name in ("prompt_ids", "chosen_ids", "rejected_ids")
-    )
-    return int(np.minimum(chosen, limit - prompt).sum() + np.minimum(rejected, limit - prompt).sum())
+    seen = 0
+    for source in job.data.sources:  # a row that is dropped has no tokens
+        prompt, *answers = (row_lengths(source.tokens, name) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+        seen += sum(int(np.minimum(answer, limit - prompt).sum()) for answer in answers)
+    return seen
 
 
 def _merged(job: StageJob) -> list[Finding]:
     found = []
     for source in job.data.sources:
-        merged = np.flatnonzero(np.asarray(source.tokens["merged"]) > 0).tolist()
+        merged = np.flatnonzero(values(source.tokens, "merged") > 0).tolist()
         if merged:
             share, rows = len(merged) / len(source.rows), tuple(source.numbers[i] for i in merged)
             text = (
@@ -248,6 +250,12 @@ def token_lists(rows: Dataset, column: str) -> Iterator[tuple[Numbers, Numbers]]
         yield lengths.to_numpy(zero_copy_only=False).astype(np.int64), values.to_numpy(zero_copy_only=False)
 
 
+def values(rows: Dataset, column: str) -> Numbers:
+    """A column of single values, `(rows,)`."""
+    parts = rows.select_columns([column]).with_format("arrow").iter(10_000)
+    return np.concatenate([part.column(column).to_numpy() for part in parts])
+
+
 def row_lengths(rows: Dataset, column: str) -> Numbers:
     """Tokens of each row of a column, `(rows,)`."""
     return np.concatenate([lengths for lengths, _ in token_lists(rows, column)])
@@ -262,7 +270,14 @@ def some_rows(source: SourceRows, total: int, seed: int) -> Iterator[tuple[int, 
     if total > READ_AT_MOST:
         chosen = sorted(random.Random(seed).sample(chosen, max(len(chosen) * READ_AT_MOST // total, 1)))
         rows = rows.select(chosen)
-    return zip(chosen, rows, strict=True)
+    return zip(chosen, _in_batches(rows), strict=True)
+
+
+def _in_batches(rows: Dataset) -> Iterator[dict[str, Any]]:
+    """Row by row, as iterating does, in a third of the time."""
+    for batch in rows.iter(1000):
+        for values_of_row in zip(*batch.values(), strict=True):
+            yield dict(zip(batch, values_of_row, strict=True))
 
 
 def _defects(known: dict[str, Any], spoken: bool, special: re.Pattern[str] | None) -> Iterator[str]:

@@ -84,7 +84,8 @@ def show_packed(job: StageJob, console: Console, rows: list[int], holding: int |
         trained = [label != IGNORED for label in labels]
         held = dict.fromkeys(_named(job, *origins[part.row]) for part in parts if part.row in wanted)
         which = f", which holds {', '.join(held)}" if holding is not None else ""
-        counted = f"{len(parts)} documents, {len(ids):,} tokens, {sum(trained):,} supervised"
+        documents = "1 document" if len(parts) == 1 else f"{len(parts)} documents"
+        counted = f"{documents}, {len(ids):,} tokens, {sum(trained):,} supervised"
         _say(console, f"{job.plan.name}: packed row {i}{which}: {counted}")
         for part in parts:
             span = slice(part.start, part.end)
