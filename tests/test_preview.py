@@ -134,7 +134,7 @@ def test_a_packed_row_is_found_by_the_row_that_it_holds(recipe: dict[str, Any], 
     recipe["stages"][0]["trainer"] |= {"packing": True, "max_length": 100}
     out = shown("--row", "3")
     heading = next(line for line in out.splitlines() if line.startswith("sft: packed row "))
-    assert ", which holds row 3: 2 documents, " in heading
+    assert ", which holds row 3: 3 documents, " in heading
     assert out.count("\n  row 3: ") == 1 and ROW_3 in out.split("\n  row 3: ")[1]
     assert shown("-n", "2").count("\nsft: packed row ") == 2
 

@@ -193,8 +193,11 @@ def _tokenized(
         rows, numbers = load_numbered(source, where, recipe.seed)
         shape = recognise(source, rows.column_names, plan.type, where)
         tokens = _map(rows, shape, plan, tokenizer, where, numbers=numbers)
-        status.update(tokens["status"])
-        kept = tokens.filter(lambda s: s in (KEPT, TRUNCATED), input_columns="status")
+        became = Counter(tokens["status"])
+        status.update(became)
+        kept = tokens
+        if set(became) - {KEPT, TRUNCATED}:  # rows that are picked out are read more slowly ever after
+            kept = tokens.filter(lambda s: s in (KEPT, TRUNCATED), input_columns="status")
         parts.append(kept.remove_columns(list(_TOLD)))
         told.append(SourceRows(where, shape, rows, numbers, tokens))
     train = concatenate_datasets(parts)
