@@ -74,7 +74,7 @@ def stop_on_errors(prepared: Prepared, jobs: list[StageJob], output: Path) -> No
     """
     if PartialState().is_main_process:
         found = [finding for _, findings in check_prepared(prepared, jobs) for finding in findings]
-        found += check_resources(jobs, output)
+        found += check_resources(jobs, output, told=False)
         for finding in found:
             if finding.level == "warning":
                 print(visible(f"warning: {finding}"), file=sys.stderr, flush=True)

@@ -13,7 +13,12 @@ from toolkit.trainer import optimizer_steps
 
 
 def check_resources(
-    jobs: list[StageJob], output: Path, sharding: Sharding | None = None, *, this_machine: bool = True
+    jobs: list[StageJob],
+    output: Path,
+    sharding: Sharding | None = None,
+    *,
+    this_machine: bool = True,
+    told: bool = True,
 ) -> list[Finding]:
     """The estimate of each stage as a note; what does not fit, or hardly.
 
@@ -21,18 +26,22 @@ def check_resources(
         output: the run directory.
         sharding: see `estimate.estimate`.
         this_machine: whether the stages are meant for this machine's GPU.
+        told: whether notes will be read; without a GPU it saves running the model's code where they are not.
     """
     if not jobs:
         return []
+    free = fit.free_bytes([output, cache.folder()])
+    device = fit.device_bytes() if this_machine and jobs[0].hardware.device == "cuda" else None
+    if device is None and not told:
+        return fit.disk_findings([estimate.disk(job) for job in jobs], free)
     try:
         empty = model.empty_base(jobs[0].recipe)
         stages = [estimate.estimate(job, empty, sharding) for job in jobs]
     except Exception as error:  # runs a model's own code; without an estimate a run is as good as before
         text = f"memory and disk could not be estimated: {type(error).__name__}: {first_line(error)}"
         return [Finding("note", "estimate", jobs[0].recipe.where("model", "name_or_path"), text)]
-    told = [Finding("note", "estimate", s.name, estimate.text(s).removeprefix(s.name).lstrip()) for s in stages]
-    device = fit.device_bytes() if this_machine and jobs[0].hardware.device == "cuda" else None
-    return told + fit.findings(stages, device, fit.free_bytes([output, cache.folder()]))
+    notes = [Finding("note", "estimate", s.name, estimate.text(s).removeprefix(s.name).lstrip()) for s in stages]
+    return notes + fit.findings(stages, device, free)
 
 
 def hardware_of(file: Path, sharding: Sharding, here: Hardware) -> Hardware:

@@ -123,7 +123,7 @@ def estimate(job: StageJob, empty: PreTrainedModel, sharding: Sharding | None = 
         batch=(columns[0], columns[1]),
         items=items,
         phases=phases,
-        disk=_disk(job, empty),
+        disk=disk(job),
         unknown=unknown,
     )
 
@@ -285,7 +285,8 @@ def _packed_bytes(shape: Any, quantized: dict[str, Any]) -> int:
 # --- disk ------------------------------------------------------------------------------------------------------------
 
 
-def _disk(job: StageJob, empty: PreTrainedModel) -> Disk:
+def disk(job: StageJob) -> Disk:
+    """What a stage writes, without a look at its model."""
     trainer, counts = job.plan.trainer, job.data.counts
     size = 2 if quantization(job.recipe) else 4
     saved = job.trainable * size

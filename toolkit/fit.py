@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from toolkit.estimate import StageEstimate, amount
+from toolkit.estimate import Disk, StageEstimate, amount
 from toolkit.findings import Finding
 
 NEARLY_FULL = 0.9
@@ -24,8 +24,14 @@ def findings(found: list[StageEstimate], device_bytes: int | None, free: dict[Pa
             said.append(Finding("note", "memory-unknown", stage.name, f"activations not estimated: {stage.unknown}"))
         if device_bytes is not None:
             said += _memory_findings(stage, device_bytes)
+    return said + disk_findings([stage.disk for stage in found], free)
+
+
+def disk_findings(disks: list[Disk], free: dict[Path, int]) -> list[Finding]:
+    """What all stages together write, and the room there is; see `findings`."""
+    said: list[Finding] = []
     folders = list(free)
-    needs = [sum(stage.disk.output for stage in found), sum(stage.disk.reference_cache for stage in found)]
+    needs = [sum(disk.output for disk in disks), sum(disk.reference_cache for disk in disks)]
     if len(folders) == 1:
         needs = [sum(needs)]
     for folder, need in zip(folders, needs, strict=False):
