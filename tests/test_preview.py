@@ -18,7 +18,7 @@ from toolkit.job import StageJob
 from toolkit.prepare import prepare
 from toolkit.rundir import RunDirectory
 
-ROW_3 = "what is red green"
+ROW_3 = "what is red all"
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from typing import Any
 
 from toolkit import launch, processes
 from toolkit.errors import ToolkitError
+from toolkit.wording import visible
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             processes.fail(error, getattr(error, "exit_code", 1))
         if not isinstance(error, ToolkitError):
             raise
-        print(f"error: {error}" if "\n" not in str(error) else f"errors:\n{error}", file=sys.stderr)
+        text = visible(str(error))  # it may quote a data file
+        print(f"error: {text}" if "\n" not in text else f"errors:\n{text}", file=sys.stderr)
         return error.exit_code
 
 
