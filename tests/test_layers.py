@@ -14,13 +14,14 @@ from toolkit.fields import field_types, problem_with
 
 PACKAGE = Path(__file__).parent.parent / "toolkit"
 LAYERS = [
-    {"errors", "findings"},
-    {"fields", "recipe"},
+    {"errors", "findings", "signals"},
+    {"fields", "recipe", "lock"},
     {"rules", "plan"},
     {"load"},
     {"chat", "formats", "data", "model", "adapter", "rundir", "progress", "prefix", "grouping", "packing"},
     {"job", "prefix_check"},
-    {"proof", "trainer", "cache"},
+    {"proof", "cache", "checkpoints", "nonfinite"},
+    {"trainer"},
     {"reference"},
     {"sft", "dpo", "evaluate", "hub"},
     {"prepare"},

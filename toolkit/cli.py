@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
+from toolkit import signals
 from toolkit.errors import ToolkitError
 
 
@@ -21,13 +22,19 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 when it worked, 2 for bad input, 3 for a result that failed its proof."""
+    """Run a command; 0 when it worked, 2 for bad input, 3 for a result that failed its proof.
+
+    A signal that ended it: 75 for SIGTERM, 130 for SIGINT, with the command that resumes.
+    """
     args = parser().parse_args(argv)
     try:
-        return int(args.run(args))
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to resume from the last checkpoint", file=sys.stderr)
-        return 130
+        with signals.raised():
+            return int(args.run(args))
+    except signals.Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            again = signals.resume_command(None if argv is None else ["toolkit", *argv])
+            print(f"{stopped}\nresume with:\n  {again}", file=sys.stderr)
+        return stopped.exit_code
     except ToolkitError as error:
         print(f"error: {error}" if "\n" not in str(error) else f"errors:\n{error}", file=sys.stderr)
         return error.exit_code

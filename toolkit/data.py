@@ -5,6 +5,7 @@ import difflib
 import hashlib
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -55,6 +56,8 @@ class StageData:
     eval_counts: Counts | None
     steps_rows: int
     digest: str
+    origin: Sequence[Sequence[int]] = ()
+    """For each source, the numbers in it, from 0, of the rows that `train` has, in order."""
 
 
 def prepare(recipe: Recipe, plan: StagePlan, tokenizer: Any) -> StageData:
@@ -65,10 +68,10 @@ def prepare(recipe: Recipe, plan: StagePlan, tokenizer: Any) -> StageData:
         ModelError: rows with messages, and a tokenizer without a chat template.
     """
     stage = recipe.stages[plan.index]
-    train, counts = _tokenized(recipe, plan, stage.data, "data", tokenizer)
+    train, counts, origin = _tokenized(recipe, plan, stage.data, "data", tokenizer)
     eval_rows, eval_counts = None, None
     if stage.eval_data:
-        eval_rows, eval_counts = _tokenized(recipe, plan, stage.eval_data, "eval_data", tokenizer)
+        eval_rows, eval_counts, _ = _tokenized(recipe, plan, stage.eval_data, "eval_data", tokenizer)
     return StageData(
         train=train,
         eval=eval_rows,
@@ -76,6 +79,7 @@ def prepare(recipe: Recipe, plan: StagePlan, tokenizer: Any) -> StageData:
         eval_counts=eval_counts,
         steps_rows=len(packing.pack(plan, train) if plan.trainer.get("packing") else train),
         digest=content_digest(train) + (content_digest(eval_rows) if eval_rows else ""),
+        origin=origin,
     )
 
 
@@ -85,6 +89,12 @@ def load_source(source: Source, where: str, seed: int) -> Dataset:
     Raises:
         DataError: nothing there, not readable, empty, or a renamed column that is missing.
     """
+    rows = _renamed(source, where)
+    drawn = _drawn(source, len(rows), seed)
+    return rows if len(drawn) == len(rows) else rows.select(drawn)
+
+
+def _renamed(source: Source, where: str) -> Dataset:
     rows = _load(source, where)
     for ours, theirs in source.columns.items():
         if theirs not in rows.column_names:
@@ -94,10 +104,13 @@ def load_source(source: Source, where: str, seed: int) -> Dataset:
         rows = rows if ours == theirs else rows.rename_column(theirs, ours)
     if len(rows) == 0:
         raise DataError(f"{where}: {source.path!r} has no rows in split {source.split!r}")
-    wanted = min(source.limit or len(rows), round(len(rows) * (source.fraction or 1)) or 1)
-    if wanted < len(rows):
-        rows = rows.select(sorted(random.Random(seed).sample(range(len(rows)), wanted)))
     return rows
+
+
+def _drawn(source: Source, total: int, seed: int) -> Sequence[int]:
+    """Which of a source's rows are taken, by `limit`, `fraction` and seed."""
+    wanted = min(source.limit or total, round(total * (source.fraction or 1)) or 1)
+    return sorted(random.Random(seed).sample(range(total), wanted)) if wanted < total else range(total)
 
 
 def content_digest(rows: Dataset) -> str:
@@ -154,15 +167,20 @@ def _nearby(path: Path) -> str:
 
 def _tokenized(
     recipe: Recipe, plan: StagePlan, sources: list[Source], key: str, tokenizer: Any
-) -> tuple[Dataset, Counts]:
+) -> tuple[Dataset, Counts, list[list[int]]]:
     parts: list[Dataset] = []
+    origin: list[list[int]] = []
     status: Counter[str] = Counter()
     for i, source in enumerate(sources):
         where = recipe.where("stages", plan.index, key, i, "path")
-        rows = load_source(source, where, recipe.seed)
+        rows = _renamed(source, where)
+        drawn = _drawn(source, len(rows), recipe.seed)
+        rows = rows if len(drawn) == len(rows) else rows.select(drawn)
         shape = recognise(source, rows.column_names, plan.type, where)
         rows = _map(rows, shape, plan, tokenizer, where)
-        status.update(rows["status"])
+        each = list(rows["status"])
+        status.update(each)
+        origin.append([row for row, what in zip(drawn, each, strict=True) if what in (KEPT, TRUNCATED)])
         kept = rows.filter(lambda s: s in (KEPT, TRUNCATED), input_columns="status")
         parts.append(kept.remove_columns("status"))
     train = concatenate_datasets(parts)
@@ -171,7 +189,7 @@ def _tokenized(
         reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items())
         raise DataError(f"{recipe.where('stages', plan.index, key)}: no row is left to train on ({reasons})")
     tokens, supervised = _count_tokens(train, plan.type)
-    return train, Counts(len(train), tokens, supervised, status[TRUNCATED], dropped)
+    return train, Counts(len(train), tokens, supervised, status[TRUNCATED], dropped), origin
 
 
 def _map(rows: Dataset, shape: str, plan: StagePlan, tokenizer: Any, where: str) -> Dataset:

@@ -20,6 +20,8 @@ OWNED_BY_TOOLKIT = {
     "dataset_text_field": "use columns: {text: ...} in the data source",
     "dataset_kwargs": "the toolkit prepares the data itself",
     "remove_unused_columns": "the toolkit prepares the data itself",
+    "save_only_model": "an interrupted stage resumes with its optimizer's states too",
+    "enable_jit_checkpoint": "the toolkit writes a checkpoint on SIGTERM and SIGINT by itself",
     "disable_tqdm": "progress is live on a terminal and plain lines elsewhere",
     "precompute_ref_log_probs": "the toolkit decides where reference log-probs come from",
     "precompute_ref_batch_size": "the toolkit decides where reference log-probs come from",
