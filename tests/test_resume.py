@@ -171,24 +171,31 @@ def test_a_second_run_in_the_same_directory_is_refused(train: Any, tmp_path: Pat
     assert train().adapter is not None
 
 
-def test_ctrl_c_is_one_line_and_resumable(recipe: dict[str, Any], write: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_ends_the_run_with_a_checkpoint_and_the_command_that_resumes(
+    recipe: dict[str, Any], write: Any, tmp_path: Path, signum: signal.Signals, code: int
+) -> None:
     for stage in recipe["stages"]:
-        stage["trainer"] |= {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 2}
+        stage["trainer"] |= {"save_strategy": "steps", "save_steps": 100, "num_train_epochs": 2}
     file = write(recipe)
+    whole = toolkit.train(file, output=tmp_path / "whole").output
     listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - a job in the background ignores it
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command(file, tmp_path / "run"), preexec_fn=listen, **pipes)  # noqa: PLW1509
     assert process.stdout is not None and process.stderr is not None
     for printed in process.stdout:
-        if printed.strip().startswith("sft 4/"):
-            process.send_signal(signal.SIGINT)
+        if printed.strip().startswith("sft 3/"):
+            process.send_signal(signum)
             break
     process.stdout.read()
     said = process.stderr.read()
-    assert "stopped by SIGINT after step" in said
+    assert f"stopped by {signum.name} after step" in said
     assert f"resume with:\n  python -m toolkit train {file} --output {tmp_path / 'run'}" in said
-    assert process.wait() == 130
-    assert toolkit.train(file, output=tmp_path / "run").adapter is not None
+    assert process.wait() == code
+    assert list((tmp_path / "run" / "sft" / "checkpoints").glob("checkpoint-[345]"))
+    toolkit.train(file, output=tmp_path / "run")
+    bits = [(run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (whole, tmp_path / "run")]
+    assert bits[0] == bits[1]
 
 
 def test_another_number_of_processes_does_not_resume(recipe: dict[str, Any], write: Any, tmp_path: Path) -> None:

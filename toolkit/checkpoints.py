@@ -61,6 +61,7 @@ class WholeCheckpoints:
 
 def seal(checkpoint: Path, processes: int) -> None:
     """Sync a checkpoint's files, and write `manifest.json` over them."""
+    (checkpoint / MANIFEST).unlink(missing_ok=True)
     sync_tree(checkpoint)
     files = {str(path.relative_to(checkpoint)): path for path in sorted(checkpoint.rglob("*")) if path.is_file()}
     about = {name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for name, path in files.items()}
