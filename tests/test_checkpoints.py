@@ -51,8 +51,8 @@ def test_a_checkpoint_holds_the_trained_adapter_and_no_other(
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda p: (p / "optimizer.pt").write_text("cut"), "optimizer.pt has 3 bytes of 22"),
-        (lambda p: (p / "scheduler.pt").write_text("x" * 22), "scheduler.pt is not what was written (SHA-256)"),
+        (lambda p: (p / "optimizer.pt").write_text("cut"), "optimizer.pt has 3 bytes of 23"),
+        (lambda p: (p / "scheduler.pt").write_text("x" * 23), "scheduler.pt is not what was written (SHA-256)"),
         (lambda p: (p / "rng_state.pth").unlink(), "rng_state.pth is missing"),
         (lambda p: (p / "manifest.json").write_text('{"files'), "no whole manifest.json, so it was not written"),
         (lambda p: checkpoints.seal(p, processes=2), "rng_state_0.pth was not written"),
