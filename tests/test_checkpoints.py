@@ -128,3 +128,25 @@ def test_a_row_that_is_not_finite_is_named_and_left_out(
     steps = [line for line in read_metrics(output / stage / "metrics.jsonl") if "grad_norm" in line]
     assert [line["grad_norm"] is None for line in steps].count(True) == 1
     assert json.loads((output / stage / "stage.json").read_text())["steps"] == 3
+
+
+def test_a_full_disk_leaves_the_checkpoints_before_it(recipe: dict[str, Any], write: Any, tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk: only the DPO optimizer's states are larger."""
+    import resource
+
+    recipe["stages"][1]["lora"] = {"r": 64}
+    for stage in recipe["stages"]:
+        stage["trainer"] |= {"save_strategy": "steps", "save_steps": 1}
+    file = write(recipe)
+    toolkit.train(file, output=tmp_path / "run", stage="sft")
+    toolkit.compute_reference(file, output=tmp_path / "run")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, before[1]))
+    try:
+        with pytest.raises(toolkit.RunError, match=r"run/dpo: (the disk is full|files may not grow)"):
+            toolkit.train(file, output=tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert checkpoints.newest(tmp_path / "run" / "sft" / "checkpoints")[0] is not None
+    assert not (tmp_path / "run" / "dpo" / "stage.json").exists()
+    assert toolkit.train(file, output=tmp_path / "run").adapter is not None
