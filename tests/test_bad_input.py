@@ -1,6 +1,5 @@
 """Bad input is answered with file, line, key and the way out, exit code 2, and nothing lost."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +8,6 @@ import pytest
 import toolkit
 from tests.conftest import messages, pairs, write_jsonl
 from toolkit.cli import main
-from toolkit.load import load_recipe
-from toolkit.prepare import attempt_key, prepare
-from toolkit.rundir import RunDirectory, write_json
-from toolkit.trainer import last_checkpoint
 
 GOOD = """\
 model:
@@ -118,26 +113,6 @@ def test_bad_input_leaves_earlier_results_alone(answer: Any, base: Path, tmp_pat
     for old, new in (("r: 4", "target_modules: [nothing]"), ("sft.jsonl", "gone.jsonl"), ("lora:", "lorra:")):
         answer(old, new)
     assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk(answer: Any, base: Path, tmp_path: Path) -> None:
-    """Writing to /dev/full fails as writing to a full disk does."""
-    answer("lora:", "lorra:")
-    file, run = tmp_path / "recipe.yaml", RunDirectory(tmp_path / "run")
-    file.write_text(GOOD.format(base=base, folder=tmp_path))
-    toolkit.train(file, output=run.path, stage="sft")
-    sft = run.folder("sft")
-    (job, _) = prepare(load_recipe(file), run).jobs
-    (sft / "stage.json").unlink()  # as if it had been killed after its second step
-    write_json(sft / "started.json", {"key": attempt_key(job)})
-    shutil.rmtree(sft / "checkpoints" / "checkpoint-3")
-    (sft / "checkpoints" / "checkpoint-3").mkdir()
-    (sft / "checkpoints" / "checkpoint-3" / "optimizer.pt").symlink_to("/dev/full")
-    said = answer("dtype: float32", "dtype: float32", "--stage", "sft")
-    assert said == "error: run/sft: the disk is full; free some space or choose another --output, then run the same command to resume\n"  # fmt: skip
-    assert not (sft / "stage.json").exists()
-    assert last_checkpoint(sft / "checkpoints") == sft / "checkpoints" / "checkpoint-2"
 
 
 @pytest.mark.parametrize(

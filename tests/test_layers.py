@@ -15,8 +15,8 @@ from toolkit.fields import field_types, problem_with
 
 PACKAGE = Path(__file__).parent.parent / "toolkit"
 LAYERS = [
-    {"errors", "findings", "wording", "refused"},
-    {"fields", "recipe", "loss_rules"},
+    {"errors", "findings", "wording", "refused", "signals"},
+    {"fields", "recipe", "loss_rules", "lock"},
     {"trainer_rules", "lora_rules", "peers", "source", "plan"},
     {"rules"},
     {"load", "schema"},
@@ -38,7 +38,7 @@ LAYERS = [
         "memory",
     },
     {"job", "prefix_check", "estimate"},
-    {"proof", "trainer", "cache", "probe"},
+    {"proof", "trainer", "cache", "nonfinite", "checkpoints", "probe"},
     {"reference"},
     {"sft", "dpo", "evaluate", "hub"},
     {"prepare"},

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from toolkit import launch, processes
+from toolkit import launch, processes, signals
 from toolkit.errors import ToolkitError
 
 
@@ -25,14 +25,20 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 when it worked, 2 for bad input, 3 for a result that failed its proof."""
+    """Run a command; 0 when it worked, 2 for bad input, 3 for a result that failed its proof.
+
+    A signal that ended it: 75 for SIGTERM, 130 for SIGINT, with the command that resumes.
+    """
     args = parser().parse_args(argv)
     args.argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        return int(args.run(args))
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to resume from the last checkpoint", file=sys.stderr)
-        return 130
+        with signals.raised():
+            return int(args.run(args))
+    except signals.Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            again = signals.resume_command(None if argv is None else ["toolkit", *argv])
+            print(f"{stopped}\nresume with:\n  {again}", file=sys.stderr)
+        return stopped.exit_code
     except Exception as error:
         if processes.are_several():
             processes.fail(error, getattr(error, "exit_code", 1))

@@ -58,6 +58,11 @@ class SourceRows:
     the row is cut; of a pair, `length` is its longer sequence's) and `merged` (prompt tokens that the answer changes).
     """
 
+    def kept(self) -> list[int]:
+        """The numbers, in the source, of the rows that are trained on, in order."""
+        pairs = zip(self.numbers, self.tokens["status"], strict=True)
+        return [number for number, status in pairs if status in (KEPT, TRUNCATED)]
+
 
 @dataclass(frozen=True)
 class StageData:

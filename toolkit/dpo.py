@@ -10,17 +10,21 @@ from trl import DPOConfig, DPOTrainer
 
 from toolkit import adapter, prefix, prefix_check, proof, reference, sharding, trainer
 from toolkit.chat import first_line
+from toolkit.checkpoints import WholeCheckpoints
 from toolkit.errors import ModelError
 from toolkit.grouping import LengthGrouped, pair_lengths
 from toolkit.job import StageJob
+from toolkit.nonfinite import FiniteSteps
 from toolkit.plan import StagePlan
 from toolkit.progress import say
 
 CHECKED_PAIRS = 2
 
 
-class PairTrainer(DPOTrainer):
+class PairTrainer(FiniteSteps, WholeCheckpoints, DPOTrainer):
     """TRL's trainer, given rows that are tokenized already, with pairs of like length in one batch.
+
+    Its checkpoints are whole or not there, and steps that are not finite are left out.
 
     `_prepare_dataset` is TRL's own and has no public counterpart: `SFTTrainer` accepts tokenized rows, `DPOTrainer` of
     TRL 1.16 does not. Remove when it does.

@@ -27,6 +27,7 @@ TRAINER_DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 KEEPING_DEFAULTS: dict[str, Any] = {
+    "max_grad_norm": 1.0,
     "logging_steps": 10,
     "save_strategy": "steps",
     "save_steps": 0.1,  # of the run's steps

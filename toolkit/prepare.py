@@ -5,7 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from toolkit import adapter, chat, dpo, model, prefix_check, processes, sft, sharding
+from toolkit import adapter, chat, checkpoints, dpo, model, prefix_check, processes, sft, sharding
 from toolkit import data as data_module
 from toolkit.data import Counts
 from toolkit.errors import ModelError, RunError
@@ -13,7 +13,7 @@ from toolkit.job import StageJob
 from toolkit.plan import Hardware, StagePlan, digest, model_dtype, quantization, stage_digest, stage_plans
 from toolkit.recipe import Recipe
 from toolkit.rundir import RunDirectory
-from toolkit.trainer import last_checkpoint, optimizer_steps
+from toolkit.trainer import optimizer_steps
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 
@@ -57,8 +57,8 @@ def state_of(job: StageJob, run: RunDirectory, rerun: set[str]) -> str:
     if record is not None and record["digest"] == job.digest:
         same_start = job.start is None or record["start_digest"] == _digest_or_none(job.start)
         return "finished" if same_start else "new"
-    resumable = run.started(name, attempt_key(job)) and last_checkpoint(job.folder / "checkpoints")
-    return "interrupted" if resumable else "new"
+    started = run.started(name, attempt_key(job))
+    return "interrupted" if started and checkpoints.newest(job.folder / checkpoints.FOLDER)[0] else "new"
 
 
 def attempt_key(job: StageJob) -> str:

@@ -93,6 +93,8 @@ class Stage(Strict):
     """Fields of `trl.SFTConfig` or `trl.DPOConfig`."""
     reference: Literal["cached", "online"] = "cached"
     """DPO: reference log-probs in one pass before training, kept for later runs; or on every step."""
+    stop_after_nonfinite: int = Field(3, ge=1)
+    """The stage stops at so many steps in a row whose loss or gradient is NaN or infinite; none of them is applied."""
     prefix_sharing: bool = True
     """DPO: run each prompt once for its pair, wherever that is exact."""
 

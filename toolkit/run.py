@@ -2,12 +2,14 @@
 
 import shutil
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -56,20 +58,18 @@ def train(
     Raises:
         ToolkitError: bad input, or a result that failed its proof.
     """
-    prepared, run = _prepared(recipe, output, overrides)
-    recipe = prepared.recipe
-    states = _states(prepared, run, stage, fresh)
-    check_parents(prepared, states, stage)
-    if recipe.evaluate is not None:
-        evaluate.held_out_rows(recipe, prepared.tokenizer)  # better now than after hours
-    asked = [job for job in prepared.jobs if states[job.plan.name] != "finished" and stage in (None, job.plan.name)]
-    check.stop_on_errors(prepared, asked)
-    say(plan_text(prepared, states) + "\n")
-    with _alone(run):
+    with _claimed(recipe, output, overrides) as (asked, run):
+        prepared = prepare(asked, run)
+        states = _states(prepared, run, stage, fresh)
+        check_parents(prepared, states, stage)
+        if asked.evaluate is not None:
+            evaluate.held_out_rows(asked, prepared.tokenizer)  # better now than after hours
+        jobs = [job for job in prepared.jobs if states[job.plan.name] != "finished" and stage in (None, job.plan.name)]
+        check.stop_on_errors(prepared, jobs)
+        say(plan_text(prepared, states) + "\n")
         _record(prepared, run)
-        for job in prepared.jobs:
-            if states[job.plan.name] != "finished" and stage in (None, job.plan.name):
-                _run_stage(job, run, resume=states[job.plan.name] == "interrupted", probe=probe)
+        for job in jobs:
+            _run_stage(job, run, resume=states[job.plan.name] == "interrupted", probe=probe)
         return _deliver(prepared, run)
 
 
@@ -90,14 +90,14 @@ def compute_reference(
         RunError: a stage starts from one that is not finished.
         ToolkitError: as for `train`.
     """
-    prepared, run = _prepared(recipe, output, overrides)
-    if sharding.is_sharded():
-        raise RunError("the reference cache is filled by whole models; launch this step with ddp or single_gpu")
-    states = _states(prepared, run, None, False)
-    jobs = [job for job in prepared.jobs if job.plan.reference_from == "cached"]
-    for job in jobs:
-        check_parents(prepared, states, job.plan.name)
-    with _alone(run):
+    with _claimed(recipe, output, overrides) as (asked, run):
+        if sharding.is_sharded():
+            raise RunError("the reference cache is filled by whole models; launch this step with ddp or single_gpu")
+        prepared = prepare(asked, run)
+        states = _states(prepared, run, None, False)
+        jobs = [job for job in prepared.jobs if job.plan.reference_from == "cached"]
+        for job in jobs:
+            check_parents(prepared, states, job.plan.name)
         _record(prepared, run)
         for job in jobs:
             say(f"{job.plan.name}: reference, {job.plan.reference}")
@@ -109,18 +109,32 @@ def compute_reference(
     return [job.plan.name for job in jobs]
 
 
-def _prepared(
+@contextmanager
+def _claimed(
     recipe: Recipe | str | Path, output: str | Path | None, overrides: tuple[str, ...]
-) -> tuple[Prepared, RunDirectory]:
+) -> Iterator[tuple[Recipe, RunDirectory]]:
+    """The recipe, and its run directory held against other runs, before anything slow.
+
+    Raises:
+        RunError: on every process, also where only the main one finds the directory held.
+    """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)
     run = RunDirectory(Path(output) if output is not None else default_output(recipe))
-    run.claim(recipe)
-    return prepare(recipe, run), run
-
-
-def _alone(run: RunDirectory) -> AbstractContextManager[None]:
-    return run.held() if PartialState().is_main_process else nullcontext()
+    model.detect_hardware()  # sets up the process group, by which the processes speak to each other
+    refused: list[RunError | None] = [None]
+    with ExitStack() as stack:
+        if PartialState().is_main_process:
+            try:
+                run.claim(recipe)
+                stack.enter_context(run.held())
+                run.claim(recipe)  # another run may have begun and ended since
+            except RunError as error:
+                refused = [error]
+        broadcast_object_list(refused, from_process=0)
+        if refused[0] is not None:
+            raise refused[0]
+        yield recipe, run
 
 
 def _record(prepared: Prepared, run: RunDirectory) -> None:
