@@ -93,7 +93,7 @@ def fit(trainer: Any, job: StageJob, probe: bool = True) -> dict[str, float]:
     trainer.job = job
     start = _resume_from(job)
     try:
-        with storage(job.folder), explained(job, job.folder / checkpoints.FOLDER), signals.noted() as note:
+        with storage(job.folder), explained(job), signals.noted() as note:
             stop = StopAtStep(note)
             trainer.add_callback(stop)
             result = trainer.train(resume_from_checkpoint=start)
