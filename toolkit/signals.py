@@ -100,7 +100,8 @@ def _launcher() -> list[str]:
         words = Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8").split("\0")[:-1]
     except OSError:
         return []
-    return words if any(Path(word).name in ("accelerate", "torchrun") for word in words) else []
+    starts = any(Path(word).name in ("accelerate", "torchrun") or word.startswith("--launch") for word in words)
+    return words if starts else []
 
 
 @contextmanager
