@@ -1,5 +1,6 @@
 """Bad input is answered with file, line, key and the way out, exit code 2, and nothing lost."""
 
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import toolkit
 from tests.conftest import messages, pairs, write_jsonl
 from toolkit.cli import main
+from toolkit.rundir import storage
 
 GOOD = """\
 model:
@@ -129,3 +131,20 @@ def test_bad_input_leaves_earlier_results_alone(answer: Any, base: Path, tmp_pat
 )  # fmt: skip
 def test_a_bad_override(answer: Any, override: str, expected: str) -> None:
     assert expected in answer("r: 4", "r: 4", "--set", override)
+
+
+def test_too_many_open_files(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 20, hard))
+        with (
+            pytest.raises(toolkit.RunError, match=r"run: too many open files; raise `ulimit -n`"),
+            storage(tmp_path / "run"),
+        ):
+            while True:
+                opened.append((tmp_path / f"{len(opened)}").open("w"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for stream in opened:
+            stream.close()

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from typing import Any
 
 from toolkit import launch, processes, signals
-from toolkit.errors import ToolkitError
+from toolkit.errors import RunError, ToolkitError
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,12 +40,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{stopped}\nresume with:\n  {again}", file=sys.stderr)
         return stopped.exit_code
     except Exception as error:
+        answer = _answer_to(error)
         if processes.are_several():
-            processes.fail(error, getattr(error, "exit_code", 1))
-        if not isinstance(error, ToolkitError):
+            processes.fail(answer or error, answer.exit_code if answer else 1)
+        if answer is None:
             raise
-        print(f"error: {error}" if "\n" not in str(error) else f"errors:\n{error}", file=sys.stderr)
-        return error.exit_code
+        print(f"error: {answer}" if "\n" not in str(answer) else f"errors:\n{answer}", file=sys.stderr)
+        return answer.exit_code
+
+
+def _answer_to(error: Exception) -> ToolkitError | None:
+    """An error that is said without a traceback; `None` for a bug."""
+    from toolkit.rundir import exhausted
+
+    if isinstance(error, ToolkitError):
+        return error
+    text = exhausted(error)  # wherever it strikes: the caches of the libraries are on disks too
+    return (
+        RunError(f"{error.filename}: {text}" if isinstance(error, OSError) and error.filename else text)
+        if text
+        else None
+    )
 
 
 # --- one pair of functions for each command: its flags, and what it does --------------------------------------------
