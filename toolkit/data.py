@@ -4,6 +4,7 @@ import csv
 import difflib
 import hashlib
 import random
+import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
@@ -55,6 +56,8 @@ class StageData:
     eval_counts: Counts | None
     steps_rows: int
     digest: str
+    sources: list[dict[str, Any]]
+    """For each training source, in order: `{"rows", "local"}`, and the `commit` of a Hub data set."""
 
 
 def prepare(recipe: Recipe, plan: StagePlan, tokenizer: Any) -> StageData:
@@ -65,10 +68,10 @@ def prepare(recipe: Recipe, plan: StagePlan, tokenizer: Any) -> StageData:
         ModelError: rows with messages, and a tokenizer without a chat template.
     """
     stage = recipe.stages[plan.index]
-    train, counts = _tokenized(recipe, plan, stage.data, "data", tokenizer)
+    train, counts, sources = _tokenized(recipe, plan, stage.data, "data", tokenizer)
     eval_rows, eval_counts = None, None
     if stage.eval_data:
-        eval_rows, eval_counts = _tokenized(recipe, plan, stage.eval_data, "eval_data", tokenizer)
+        eval_rows, eval_counts, _ = _tokenized(recipe, plan, stage.eval_data, "eval_data", tokenizer)
     return StageData(
         train=train,
         eval=eval_rows,
@@ -76,6 +79,7 @@ def prepare(recipe: Recipe, plan: StagePlan, tokenizer: Any) -> StageData:
         eval_counts=eval_counts,
         steps_rows=len(packing.pack(plan, train) if plan.trainer.get("packing") else train),
         digest=content_digest(train) + (content_digest(eval_rows) if eval_rows else ""),
+        sources=sources,
     )
 
 
@@ -154,12 +158,14 @@ def _nearby(path: Path) -> str:
 
 def _tokenized(
     recipe: Recipe, plan: StagePlan, sources: list[Source], key: str, tokenizer: Any
-) -> tuple[Dataset, Counts]:
+) -> tuple[Dataset, Counts, list[dict[str, Any]]]:
     parts: list[Dataset] = []
+    used: list[dict[str, Any]] = []
     status: Counter[str] = Counter()
     for i, source in enumerate(sources):
         where = recipe.where("stages", plan.index, key, i, "path")
         rows = load_source(source, where, recipe.seed)
+        used.append(_origin(source, rows))
         shape = recognise(source, rows.column_names, plan.type, where)
         rows = _map(rows, shape, plan, tokenizer, where)
         status.update(rows["status"])
@@ -171,7 +177,16 @@ def _tokenized(
         reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items())
         raise DataError(f"{recipe.where('stages', plan.index, key)}: no row is left to train on ({reasons})")
     tokens, supervised = _count_tokens(train, plan.type)
-    return train, Counts(len(train), tokens, supervised, status[TRUNCATED], dropped)
+    return train, Counts(len(train), tokens, supervised, status[TRUNCATED], dropped), used
+
+
+def _origin(source: Source, rows: Dataset) -> dict[str, Any]:
+    """What was drawn from a source. `datasets` keeps a Hub data set in a cache folder named by its commit."""
+    found: dict[str, Any] = {"rows": len(rows), "local": Path(source.path).exists()}
+    folder = Path(rows.cache_files[0]["filename"]).parent.name if rows.cache_files else ""
+    if not found["local"] and re.fullmatch(r"[0-9a-f]{40}", folder):
+        found["commit"] = folder
+    return found
 
 
 def _map(rows: Dataset, shape: str, plan: StagePlan, tokenizer: Any, where: str) -> Dataset:

@@ -29,11 +29,7 @@ _PLAIN_TYPES: dict[str, Any] = {t.__name__: t for t in (str, int, float, bool, l
 @cache
 def field_types(class_name: str) -> dict[str, Any]:
     """Field name -> Python type (`Any` where the annotation names a class of the library), without importing it."""
-    package, file = _SOURCES[class_name]
-    spec = find_spec(package)
-    assert spec is not None and spec.origin is not None, f"{package} is not installed"
-    tree = ast.parse((Path(spec.origin).parent / file).read_text(encoding="utf-8"))
-    node = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == class_name)
+    node = _class(class_name)
     if class_name == "BitsAndBytesConfig":  # not a dataclass: the parameters of its __init__
         return _parameters(node)
     types: dict[str, Any] = {}
@@ -48,6 +44,27 @@ def field_types(class_name: str) -> dict[str, Any]:
         ):
             types[statement.target.id] = _as_type(statement.annotation)
     return types
+
+
+@cache
+def field_defaults(class_name: str) -> dict[str, Any]:
+    """Field name -> default, for the fields whose default is written as a plain value, without importing the class."""
+    defaults: dict[str, Any] = {}
+    node = _class(class_name)
+    for base in node.bases:
+        if isinstance(base, ast.Name) and base.id in _SOURCES:
+            defaults |= field_defaults(base.id)
+    for statement in node.body:
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value:
+            name, value = statement.target.id, statement.value
+            if isinstance(value, ast.Call):
+                value = next((k.value for k in value.keywords if k.arg == "default"), value)
+            defaults.pop(name, None)
+            try:
+                defaults[name] = ast.literal_eval(value)
+            except ValueError:
+                continue
+    return defaults
 
 
 def problem_with(class_name: str, key: str, value: Any) -> str | None:
@@ -68,6 +85,14 @@ def did_you_mean(key: str, known: Any) -> str:
     """`; did you mean 'beta'?`, or nothing where nothing is near."""
     near = difflib.get_close_matches(key, [str(k) for k in known], n=1, cutoff=0.6)
     return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def _class(class_name: str) -> ast.ClassDef:
+    package, file = _SOURCES[class_name]
+    spec = find_spec(package)
+    assert spec is not None and spec.origin is not None, f"{package} is not installed"
+    tree = ast.parse((Path(spec.origin).parent / file).read_text(encoding="utf-8"))
+    return next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == class_name)
 
 
 def _is_init_field(statement: ast.AnnAssign) -> bool:

@@ -28,7 +28,8 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         RecipeError: with every problem found, each with file, line and key.
     """
     file = Path(path)
-    data, lines = _read(file, seen=())
+    written: dict[str, str] = {}
+    data, lines = _read(file, (), written)
     for override in overrides:
         _apply_override(data, lines, override)
     problems: list[Problem] = []
@@ -39,7 +40,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     problems += problems_in(data, lines)
     if problems:
         raise RecipeError(problems)
-    recipe._file, recipe._lines = file, lines
+    recipe._file, recipe._lines, recipe._written = file, lines, written
     return recipe
 
 
@@ -56,7 +57,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _read(file: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[Location, str]]:
+def _read(file: Path, seen: tuple[Path, ...], written: dict[str, str]) -> tuple[dict[str, Any], dict[Location, str]]:
     if file.resolve() in seen:
         raise _error(str(file), "extends", "the files extend each other in a circle")
     lines: dict[Location, str] = {}
@@ -66,10 +67,10 @@ def _read(file: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[Loca
     parent = data.pop("extends", None)
     if parent is not None and not isinstance(parent, str):
         raise _error(lines[("extends",)], "extends", f"found {_kind(parent)}, expected the name of a recipe file")
-    _resolve_paths(data, file.parent)
+    _resolve_paths(data, file.parent, written)
     if parent is None:
         return data, lines
-    base, base_lines = _read(file.parent / parent, (*seen, file.resolve()))
+    base, base_lines = _read(file.parent / parent, (*seen, file.resolve()), written)
     return _merge(base, data), base_lines | lines
 
 
@@ -138,14 +139,15 @@ def _merge(base: Any, over: Any) -> Any:
     return over
 
 
-def _resolve_paths(value: Any, folder: Path) -> None:
+def _resolve_paths(value: Any, folder: Path, written: dict[str, str]) -> None:
     """`./x` and `../x` mean: beside the recipe file that says so, wherever the command is run."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
         if isinstance(item, str) and item.startswith(("./", "../")):
             value[key] = str((folder / item).resolve())
+            written[value[key]] = item
         else:
-            _resolve_paths(item, folder)
+            _resolve_paths(item, folder, written)
 
 
 def _apply_override(data: dict[str, Any], lines: dict[Location, str], override: str) -> None:

@@ -119,6 +119,10 @@ def problems_in(data: dict[str, Any], lines: dict[Location, str]) -> Iterable[Pr
         yield from _check_trainer(stage, problem, "stages", i, "trainer")
         yield from _check_lora(_mapping(stage.get("lora")), problem, "stages", i, "lora")
         earlier.append(str(stage.get("name", stage.get("type"))))
+    pushed = _mapping(data.get("hub")).get("stage")
+    if isinstance(pushed, str) and pushed not in earlier:
+        text = f"no stage is named {pushed!r}; found {', '.join(earlier)}{did_you_mean(pushed, earlier)}"
+        yield problem(text, "hub", "stage")
 
 
 def _check_start(stage: dict[str, Any], earlier: list[str], problem: Any, *at: str | int) -> Iterable[Problem]:
