@@ -72,7 +72,8 @@ def base_licence(base: str, commit: str | None) -> dict[str, str]:
     if not found and folder.is_dir():
         texts = [(folder / name).read_text(errors="replace") for name in LICENCE_FILES if (folder / name).is_file()]
         heads = [" ".join(text[:300].split()) for text in texts]
-        found = {"license": name for head in heads for name, words in LICENCE_TEXTS.items() if words in head}
+        known = [name for head in heads for name, words in LICENCE_TEXTS.items() if words in head]
+        found = {"license": known[0]} if known else {}
     return found
 
 
@@ -88,7 +89,8 @@ def _metadata(facts: dict[str, Any], stages: list[dict[str, Any]], licence: dict
     base = facts["recipe"]["model"]["name_or_path"]
     sources = [source for i, _ in enumerate(stages) for source in _sources(facts, i) if not source["local"]]
     datasets = [name for name in dict.fromkeys(source["path"] for source in sources) if HUB_ID.match(name)]
-    about = {} if is_local else {"base_model": base, "base_model_relation": "adapter"}
+    about: dict[str, Any] = {} if is_local else {"base_model": base, "base_model_relation": "adapter"}
+    about |= licence
     tags = ["lora", "trl", *dict.fromkeys(stage["type"] for stage in stages)]
     data = ModelCardData(
         library_name="peft",
@@ -96,7 +98,6 @@ def _metadata(facts: dict[str, Any], stages: list[dict[str, Any]], licence: dict
         tags=tags,
         datasets=datasets or None,
         **about,
-        **licence,
     )
     return f"---\n{data.to_yaml()}\n---\n\n"
 
@@ -142,7 +143,7 @@ def _serving(adapter: dict[str, Any], base: str, commit: str | None, place: str)
         why = ", ".join(in_the_way) or f"a rank above {VLLM_RANKS[-1]}"
         return f"vLLM does not serve adapters with {why}: merge it into the base first (`toolkit merge`)."
     revision = f" --revision {commit}" if commit else ""
-    name = place.split("/")[-1]
+    name = place.rsplit("/", maxsplit=1)[-1]
     return (
         f"Served by vLLM, whose `--max-lora-rank` is one of {', '.join(map(str, VLLM_RANKS))}; the rank here is "
         f"{adapter['r']}:\n\n```sh\nvllm serve {base}{revision} --enable-lora --max-lora-rank {rank} "

@@ -289,7 +289,7 @@ def _patient(patience: Patience) -> Iterator[None]:
 
     session = get_session()
     timeout, hooks = session.timeout, session.event_hooks
-    session.timeout = patience.timeout  # type: ignore[assignment]
+    session.timeout = patience.timeout
     session.event_hooks = {**hooks, "response": [*hooks.get("response", []), cap]}
     try:
         yield

@@ -1,7 +1,6 @@
 """A run's records as others may see them: no path of this machine, and a recipe that stands on its own."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +143,7 @@ def _absolute_paths(value: Any) -> set[str]:
         return {path for item in items for path in _absolute_paths(item)}
     if not isinstance(value, str) or " " in value:
         return set()
-    return {value} if os.path.isabs(value) and value.count("/") > 1 else set()
+    return {value} if value.startswith("/") and value.count("/") > 1 else set()
 
 
 def _json(value: Any) -> bytes:
