@@ -18,6 +18,7 @@ import yaml
 _SOCKET = socket.socket()
 _SOCKET.bind(("127.0.0.1", 0))
 ENDPOINT = f"http://127.0.0.1:{_SOCKET.getsockname()[1]}"
+STORAGE = ENDPOINT.replace("127.0.0.1", "localhost")  # another host, as the real one's: tokens do not follow there
 USERS = {"hf_writer": ("me", True), "hf_reader": ("me", False), "hf_other": ("other", True)}
 """Token -> user, and whether it may write."""
 
@@ -331,7 +332,7 @@ class _Handler(BaseHTTPRequestHandler):
         digest = _oid(path, content)
         self.hub.objects[digest] = content
         about |= {"X-Linked-ETag": f'"{digest}"', "X-Linked-Size": str(len(content))}
-        self._send(302, b"", about | {"Location": f"{ENDPOINT}/storage/{digest}"})
+        self._send(302, b"", about | {"Location": f"{STORAGE}/storage/{digest}"})
 
     # --- what they share ---------------------------------------------------------------------------------------------
 

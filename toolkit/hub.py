@@ -349,4 +349,5 @@ def _reason(error: BaseException) -> str:
         return "the Hub did not answer in time"
     if any(isinstance(link, httpx2.TransportError) for link in links):
         return "the Hub cannot be reached, or the connection was cut"
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    last = links[-1]
+    return (str(last).strip() or type(last).__name__).splitlines()[0].rstrip(".")
