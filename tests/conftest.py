@@ -1,7 +1,6 @@
 """Tiny real models, real tokenizers, real data; everything is built here and nothing is fetched."""
 
 import os
-
 import tempfile
 
 from tests.hub_server import ENDPOINT

@@ -164,7 +164,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     # --- the API -----------------------------------------------------------------------------------------------------
 
-    def _api(self, parts: list[str]) -> None:
+    def _api(self, parts: list[str]) -> None:  # noqa: PLR0912 - one case for each address
         user, may_write = self._user()
         if parts[0] == "whoami-v2":
             return self._reply(200, {"name": user}) if user else self._error(401, "")
@@ -212,7 +212,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._reply(401, {"error": "Invalid username or password."})
         if name in self.hub.repositories:
             return self._reply(409, url | {"error": "You already created this model repo"})
-        if not may_write or user != name.split("/")[0]:
+        if not may_write or user != name.split("/", maxsplit=1)[0]:
             return self._reply(403, {"error": "Forbidden"})
         repository = self.hub.repositories[name] = Repository(asked.get("visibility") == "private")
         repository.commit({".gitattributes": b"*.safetensors filter=lfs\n"}, "main")
@@ -295,7 +295,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _batch(self, name: str) -> None:
         user, may_write = self._user()
-        if user != name.split("/")[0] or not may_write:
+        if user != name.split("/", maxsplit=1)[0] or not may_write:
             return self._reply(403, {"error": "Forbidden"})
         objects = []
         for asked in json.loads(self.body)["objects"]:
@@ -342,7 +342,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _visible(self, name: str) -> Repository | None:
         repository = self.hub.repositories.get(name)
-        if repository is not None and repository.private and self._user()[0] != name.split("/")[0]:
+        if repository is not None and repository.private and self._user()[0] != name.split("/", maxsplit=1)[0]:
             return None
         return repository
 

@@ -5,7 +5,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -197,7 +196,7 @@ def test_private_is_never_pushed_to_a_public_repository(hub: StandInHub, run: Pa
 def test_what_comes_back_otherwise_fails_the_push(hub: StandInHub, run: Path) -> None:
     push(run, Hub(repo_id="me/adapter"))
     hub.corrupt.add("adapter_model.safetensors")
-    with pytest.raises(ProofError, match="not what was sent: adapter_model.safetensors"):
+    with pytest.raises(ProofError, match=r"not what was sent: adapter_model\.safetensors"):
         push(run, Hub(repo_id="me/adapter"))
     assert not push(run, Hub(repo_id="me/adapter", verify=False)).verified
 
@@ -217,7 +216,7 @@ def test_pull_gives_a_directory_shaped_like_the_run(hub: StandInHub, run: Path, 
 
 def test_pickles_are_not_pulled(hub: StandInHub, tmp_path: Path) -> None:
     hub.add("me/old", {"adapter_config.json": b"{}", "adapter_model.bin": b"x"})
-    with pytest.raises(RunError, match="no adapter_model.safetensors; pickled weights are not loaded"):
+    with pytest.raises(RunError, match=r"no adapter_model\.safetensors; pickled weights are not loaded"):
         hub_module.pull("me/old", tmp_path / "pulled")
     assert list(tmp_path.iterdir()) == []
 
