@@ -1,6 +1,7 @@
 """The Hub: push a finished adapter in one commit, check what arrived, and pull one back."""
 
 import hashlib
+import json
 import shlex
 import shutil
 import tempfile
@@ -157,8 +158,6 @@ def _commit(files: dict[str, Path | bytes], hub: Hub) -> Pushed:
 
 
 def _stage_name(files: dict[str, Path | bytes]) -> str:
-    import json
-
     return str(json.loads(files[RESOLVED])["delivered"])  # type: ignore[arg-type]
 
 
@@ -316,8 +315,6 @@ def _retry_after(error: BaseException) -> float | None:
 
 def _may_pass(error: BaseException) -> bool:
     """Whether another attempt may succeed: the Hub is busy, or the connection was cut. Silence is not waited out."""
-    import json
-
     import httpx2
 
     if isinstance(error, RunError):
