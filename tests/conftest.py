@@ -1,13 +1,18 @@
 """Tiny real models, real tokenizers, real data; everything is built here and nothing is fetched."""
 
 import os
+import tempfile
+
+from tests.hub_server import ENDPOINT
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_ENDPOINT"] = ENDPOINT  # the client reads it once; nothing listens there but the stand-in Hub
+os.environ["HF_HUB_DISABLE_XET"] = "1"  # the stand-in speaks plain LFS
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-home-")  # neither the user's cache nor the user's token
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from threads, and lose much to a busy machine
 
 import json
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

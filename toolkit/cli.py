@@ -21,6 +21,8 @@ def parser() -> argparse.ArgumentParser:
     _add_schema(commands)
     _add_check(commands)
     _add_preview(commands)
+    _add_push(commands)
+    _add_pull(commands)
     return top
 
 
@@ -197,6 +199,48 @@ def _preview(args: argparse.Namespace) -> int:
         if args.stage in (None, job.plan.name):
             rows = range(min(args.n, job.data.steps_rows)) if args.row is None else [preview.row_at(job, args.row)]
             preview.show(job, console, list(rows))
+    return 0
+
+
+def _add_push(commands: Any) -> None:
+    command = _command(commands, "push", "push the adapter of a finished run to the Hub, and check what arrived", _push)
+    command.add_argument("run_directory", metavar="RUN", help="the run directory")
+    command.add_argument("--repo-id", metavar="OWNER/NAME", help="where to (default: the recipe's hub section)")
+    command.add_argument("--private", action="store_true", default=None, help="create a private repository")
+    command.add_argument("--stage", metavar="NAME", help="push this stage's adapter (default: the last one's)")
+    command.add_argument("--revision", metavar="BRANCH", help="push to this branch")
+    command.add_argument("--tag", metavar="NAME", help="tag the commit")
+    command.add_argument("--create-pr", action="store_true", default=None, help="open a pull request")
+    command.add_argument(
+        "--no-verify", dest="verify", action="store_false", default=None, help="do not fetch the adapter and compare it"
+    )
+
+
+def _push(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from toolkit.hub import push
+    from toolkit.portable import hub_section
+
+    names = ("repo_id", "private", "stage", "revision", "tag", "create_pr", "verify")
+    asked = {name: value for name in names if (value := getattr(args, name)) is not None}
+    run = Path(args.run_directory)
+    print(push(run, hub_section(run, asked)))
+    return 0
+
+
+def _add_pull(commands: Any) -> None:
+    command = _command(commands, "pull", "fetch an adapter from the Hub into a directory shaped like a run", _pull)
+    command.add_argument("repo", metavar="OWNER/NAME[@REVISION]", help="the repository")
+    command.add_argument("--output", metavar="DIR", help="where to (default: runs/NAME)")
+
+
+def _pull(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from toolkit.hub import pull
+
+    print(f"pulled: {pull(args.repo, Path(args.output) if args.output else None)}")
     return 0
 
 

@@ -4,6 +4,7 @@ import csv
 import difflib
 import hashlib
 import random
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ class SourceRows:
     """Renamed and drawn, in the source's own columns."""
     numbers: Sequence[int]
     """For each row its number in the source, counted from 0."""
+    origin: dict[str, Any]
+    """`{"rows", "local"}`, and the `commit` of a Hub data set."""
     tokens: Dataset
     """Token ids, with `status` (kept, truncated, or why the row is dropped), `length` and `supervised` (tokens before
     the row is cut; of a pair, `length` is its longer sequence's) and `merged` (prompt tokens that the answer changes).
@@ -200,7 +203,7 @@ def _tokenized(
         status.update(tokens["status"])
         kept = tokens.filter(lambda s: s in (KEPT, TRUNCATED), input_columns="status")
         parts.append(kept.remove_columns(list(_TOLD)))
-        told.append(SourceRows(where, shape, rows, numbers, tokens))
+        told.append(SourceRows(where, shape, rows, numbers, _origin(source, rows), tokens))
     train = concatenate_datasets(parts)
     dropped = {reason: n for reason, n in status.items() if reason not in (KEPT, TRUNCATED)}
     if len(train) == 0:
@@ -208,6 +211,15 @@ def _tokenized(
         raise DataError(f"{recipe.where('stages', plan.index, key)}: no row is left to train on ({reasons})")
     tokens, supervised = _count_tokens(train, plan.type)
     return train, Counts(len(train), tokens, supervised, status[TRUNCATED], dropped), told
+
+
+def _origin(source: Source, rows: Dataset) -> dict[str, Any]:
+    """What was drawn from a source. `datasets` keeps a Hub data set in a cache folder named by its commit."""
+    found: dict[str, Any] = {"rows": len(rows), "local": Path(source.path).exists()}
+    folder = Path(rows.cache_files[0]["filename"]).parent.name if rows.cache_files else ""
+    if not found["local"] and re.fullmatch(r"[0-9a-f]{40}", folder):
+        found["commit"] = folder
+    return found
 
 
 def _map(rows: Dataset, shape: str, plan: StagePlan, tokenizer: Any, where: str, *, numbers: Sequence[int]) -> Dataset:

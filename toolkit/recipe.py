@@ -138,10 +138,27 @@ class Evaluate(Strict):
 
 
 class Hub(Strict):
-    """Where the adapter is pushed once training has ended and the adapter is verified."""
+    """Where the adapter is pushed once training has ended and the adapter is verified; the flags of `toolkit push`."""
 
     repo_id: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
     private: bool = False
+    """Create the repository as a private one; refuse one that exists and is public."""
+    stage: str | None = None
+    """Push the adapter of this stage; by default the last one's."""
+    revision: str | None = Field(None, pattern=r"^[\w./-]+$")
+    """Branch to push to; created where it is not there. Default: `main`."""
+    tag: str | None = Field(None, pattern=r"^[\w./-]+$")
+    """Git tag for the commit."""
+    create_pr: bool = False
+    """Open a pull request in place of a commit; pushed again, the same one is brought up to date."""
+    verify: bool = True
+    """Fetch the adapter after the push, past the cache, and compare it with what was sent."""
+
+    @model_validator(mode="after")
+    def _no_pull_request_elsewhere(self) -> "Hub":
+        if self.create_pr and (self.revision or self.tag):
+            raise ValueError("create_pr opens a pull request to main; remove revision and tag")
+        return self
 
 
 class Recipe(Strict):
@@ -159,6 +176,7 @@ class Recipe(Strict):
 
     _file: Path = PrivateAttr(default=Path("recipe.yaml"))
     _lines: dict[Location, str] = PrivateAttr(default_factory=dict)
+    _written: dict[str, str] = PrivateAttr(default_factory=dict)
     _allow_pickle: bool = PrivateAttr(default=False)
 
     @property
@@ -170,6 +188,11 @@ class Recipe(Strict):
     def file(self) -> Path:
         """The recipe file it was loaded from."""
         return self._file
+
+    @property
+    def written(self) -> dict[str, str]:
+        """Absolute path -> `./path` or `../path` as it stands in the recipe file."""
+        return self._written
 
     def where(self, *location: str | int) -> str:
         """`file:line: dotted.key` of a location such as `("stages", 0, "data", 0, "path")`, for error messages."""

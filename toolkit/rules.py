@@ -34,6 +34,10 @@ def problems_in(data: dict[str, Any], lines: dict[Location, str]) -> Iterable[Pr
         yield from lora_problems(_mapping(stage.get("lora")), say, "stages", i, "lora")
         earlier.append(_name(stage))
     yield from _adapters(data, stages, say)
+    pushed = _mapping(data.get("hub")).get("stage")
+    if isinstance(pushed, str) and pushed not in earlier:
+        text = f"no stage is named {pushed!r}; found {', '.join(earlier)}{did_you_mean(pushed, earlier)}"
+        yield say(text, "hub", "stage")
 
 
 def _quantization(quantization: dict[str, Any], say: Say) -> Iterable[Problem]:

@@ -13,12 +13,26 @@ from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from toolkit import adapter, check, dpo, evaluate, hub, model, processes, proof, sft, sharding, trainer
+from toolkit import (
+    adapter,
+    card,
+    check,
+    dpo,
+    evaluate,
+    hub,
+    model,
+    processes,
+    proof,
+    provenance,
+    sft,
+    sharding,
+    trainer,
+)
 from toolkit.chat import first_line
 from toolkit.errors import ModelError, ProofError, RunError
 from toolkit.job import StageJob
 from toolkit.load import load_recipe
-from toolkit.prepare import Prepared, attempt_key, check_parents, plan_text, prepare, resolved, state_of
+from toolkit.prepare import Prepared, attempt_key, check_parents, plan_text, prepare, resolved, start_commit, state_of
 from toolkit.progress import say
 from toolkit.recipe import Recipe
 from toolkit.rundir import EVALUATION, RunDirectory, default_output, storage, write_json
@@ -34,6 +48,8 @@ class RunResult:
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Stage name -> its `stage.json`."""
     evaluation: dict[str, Any] | None = None
+    pushed: str | None = None
+    """Address of the commit on the Hub, where the recipe has a `hub` section."""
 
 
 def train(
@@ -175,9 +191,12 @@ def _run_stage(job: StageJob, run: RunDirectory, resume: bool, probe: bool) -> N
 
 def _train_stage(job: StageJob, run: RunDirectory, resume: bool, probe: bool) -> tuple[Path, dict[str, Any]]:
     plan, state = job.plan, PartialState()
+    provenance.reset_peak_memory()
     record: dict[str, Any] = {"name": plan.name, "type": plan.type, "digest": job.digest, "start": plan.start}
     record |= {"policy": plan.policy, "reference": plan.reference, "steps": job.steps}
     record["start_digest"] = adapter.adapter_digest(job.start) if job.start else None
+    record["start_commit"] = start_commit(job)
+    record["provenance"] = provenance.provenance(job.recipe.file, job.hardware.processes)
     start = _start_logps(job) if plan.type == "dpo" else None
     built = _build(job, model.load_base(job.recipe, job.hardware, to_shard=True))
     if start is not None:
@@ -194,6 +213,7 @@ def _train_stage(job: StageJob, run: RunDirectory, resume: bool, probe: bool) ->
         run.begin(plan.name, attempt_key(job), resume)
     state.wait_for_everyone()
     record["metrics"] = trainer.fit(built, job, probe)
+    record["peak_memory"] = provenance.peak_memory()
     record["trainer_args"] = built.args.to_dict()
     partial = job.folder / "adapter.partial"
     if sharding.is_sharded() or state.is_main_process:  # every process holds a part of a sharded model
@@ -275,19 +295,23 @@ def _deliver(prepared: Prepared, run: RunDirectory) -> RunResult:
     done = {name: record for name, record in records.items() if record is not None}
     if len(done) < len(states):
         return RunResult(run.path, None, done)
-    evaluation = None
+    evaluation, target = None, run.path / "adapter"
     if PartialState().is_main_process:
-        target = run.deliver(prepared.jobs[-1].plan.name)
+        run.deliver(prepared.jobs[-1].plan.name)
         say(f"adapter: {target}")
         if prepared.recipe.evaluate is not None:
             adapters = {job.plan.name: run.adapter(job.plan.name) for job in prepared.jobs}
             evaluation = evaluate.evaluate(prepared.recipe, prepared.hardware, prepared.tokenizer, adapters)
             write_json(run.path / EVALUATION, evaluation)
             say("\n" + evaluate.table(evaluation))
-        if prepared.recipe.hub is not None:
-            say(f"\npushed: {hub.push(prepared.recipe, run.path)}")
+        with storage(run.path):
+            card.write(run.path)
     PartialState().wait_for_everyone()
-    return RunResult(run.path, run.path / "adapter", done, evaluation)
+    pushed = None
+    if PartialState().is_main_process and prepared.recipe.hub is not None:  # the others need not wait for the Hub
+        pushed = hub.push(run.path, prepared.recipe.hub)
+        say(f"\n{pushed}")
+    return RunResult(run.path, target, done, evaluation, pushed.url if pushed else None)
 
 
 def _base_name(recipe: Recipe) -> str:

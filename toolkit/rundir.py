@@ -16,6 +16,7 @@ from toolkit.errors import RunError
 from toolkit.recipe import Recipe
 
 RESOLVED, RECIPE, EVALUATION, LOCK = "resolved.json", "recipe.yaml", "evaluation.json", ".lock"
+CARD, METRICS, REPORT, PICTURES = "README.md", "metrics.jsonl", "report.html", "report"
 STAGE, STARTED, ADAPTER, PARTIAL = "stage.json", "started.json", "adapter", ".partial"
 TORN = ("PytorchStreamWriter", "inline_container")
 
@@ -95,6 +96,7 @@ class RunDirectory:
             # copies of what the stages hold, or held, that would no longer belong to them
             shutil.rmtree(self.path / ADAPTER, ignore_errors=True)
             (self.path / EVALUATION).unlink(missing_ok=True)
+            (self.path / CARD).unlink(missing_ok=True)
             write_json(folder / STARTED, {"key": key})
         return folder
 
