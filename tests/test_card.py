@@ -12,13 +12,10 @@ import pytest
 from huggingface_hub import ModelCard
 
 from tests.hub_server import StandInHub
-from tests.test_hub import hub, run, server, trained
 from toolkit.card import base_licence, card, vllm_rank
 from toolkit.fields import field_defaults
 from toolkit.hub import push
 from toolkit.recipe import Hub
-
-__all__ = ["hub", "run", "server", "trained"]
 
 
 @pytest.fixture

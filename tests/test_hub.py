@@ -2,8 +2,6 @@
 
 import json
 import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,6 @@ import torch
 import yaml
 
 import toolkit
-from tests.conftest import messages, pairs, write_jsonl
 from tests.hub_server import ENDPOINT, Fault, StandInHub
 from toolkit import hub as hub_module
 from toolkit.cli import main
@@ -20,48 +17,6 @@ from toolkit.hub import Patience, push
 from toolkit.recipe import Hub
 
 QUICK = Patience(timeout=2.0, attempts=3, first_wait=0.0, longest_wait=0.0)
-
-
-@pytest.fixture(scope="session")
-def server() -> StandInHub:
-    return StandInHub()
-
-
-@pytest.fixture
-def hub(server: StandInHub, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
-    """An empty Hub, online, with a token that may write."""
-    server.clear()
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_TOKEN", "hf_writer")
-    yield server
-
-
-def write_recipe(folder: Path, base: Path) -> Path:
-    """A recipe that extends another, on data beside it and a local base."""
-    trainer = {
-        "per_device_train_batch_size": 4,
-        "gradient_checkpointing": False,
-        "logging_steps": 1,
-        "learning_rate": 1e-2,
-    }
-    write_jsonl(folder / "sft.jsonl", messages(8))
-    write_jsonl(folder / "dpo.jsonl", pairs(8))
-    shared = {"model": {"name_or_path": str(base), "dtype": "float32", "chat_template": "zephyr"}, "lora": {"r": 4}}
-    stages = [{"type": kind, "data": f"./{kind}.jsonl", "trainer": trainer} for kind in ("sft", "dpo")]
-    (folder / "shared.yaml").write_text(yaml.safe_dump(shared))
-    (folder / "recipe.yaml").write_text(yaml.safe_dump({"extends": "shared.yaml", "stages": stages}))
-    return folder / "recipe.yaml"
-
-
-@pytest.fixture(scope="session")
-def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("experiment")
-    return toolkit.train(write_recipe(folder, base), output=folder / "run", overrides=("seed=3",)).output
-
-
-@pytest.fixture
-def run(trained: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
