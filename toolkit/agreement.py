@@ -33,7 +33,7 @@ class Agreement:
     """Its largest value at one position, nats."""
     top1_agreement: float
     """Share of positions at which both hold the same token most likely."""
-    logit_difference: float
+    logprob_difference: float
     """Largest difference of two log-probabilities, over positions and vocabulary, nats."""
 
     def as_dict(self) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def log_probabilities(model: Any, batch: Sequences) -> list[torch.Tensor]:
 def compare(policy: list[torch.Tensor], merged: list[torch.Tensor], rows_from: str) -> Agreement:
     """Two models' log-probabilities of the same positions, each `(positions, vocab)`."""
     pairs = list(zip(policy, merged, strict=True))
-    kl = torch.cat([(p.exp() * (p - m)).sum(-1) for p, m in pairs])
+    kl = torch.cat([(p.double().exp() * (p.double() - m.double())).sum(-1) for p, m in pairs])
     same = torch.cat([p.argmax(-1) == m.argmax(-1) for p, m in pairs])
     return Agreement(
         rows=len(pairs),
@@ -92,7 +92,7 @@ def compare(policy: list[torch.Tensor], merged: list[torch.Tensor], rows_from: s
         kl=kl.mean().item(),
         kl_max=kl.max().item(),
         top1_agreement=same.float().mean().item(),
-        logit_difference=max((p - m).abs().max().item() for p, m in pairs),
+        logprob_difference=max((p - m).abs().max().item() for p, m in pairs),
     )
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper, load_peft_weights, set_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper, load_peft_weights
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
@@ -74,8 +74,8 @@ def plan(empty: PreTrainedModel, adapter: Path, stored: Iterable[str]) -> tuple[
     homeless = sorted(set(changes) - set(parameters))
     if homeless:
         raise ModelError(
-            f"{adapter}: {homeless[0]} and {len(homeless) - 1} more: the base's checkpoint holds no such tensor, or "
-            f"in another shape (fused or split); {WAY_OUT}"
+            f"{adapter}: {homeless[0]} ({len(homeless)} such) is changed by the adapter, and the base's checkpoint does "
+            f"not hold it as one tensor; {WAY_OUT}"
         )
     return sorted(tensors, key=lambda tensor: tensor.source), untied
 
@@ -119,18 +119,25 @@ def _with_adapter(empty: PreTrainedModel, folder: Path) -> Any:
         raise ModelError(f"{folder}: cannot be merged ({'; '.join(found)}); {WAY_OUT}")
     try:
         settings = LoraConfig.from_pretrained(str(folder))
+        settings.base_model_name_or_path = None  # the base is at hand, wherever it lay at the time
         model = get_peft_model(empty, settings, low_cpu_mem_usage=True)
-        weights = load_peft_weights(str(folder), device="cpu")
-        result = set_peft_model_state_dict(model, weights, low_cpu_mem_usage=True)
+        state, weights = model.state_dict(), load_peft_weights(str(folder), device="cpu")
+        named = {id(value): name for name, value in state.items()}
+        # PEFT's names in a file -> names in the model. Its own loading would move the weights to the meta device
+        places = get_peft_model_state_dict(model, state, save_embedding_layers=False)
+        _check_complete(set(weights), set(places), folder)
+        filled = {named[id(places[key])]: value.float() for key, value in weights.items()}
+        model.load_state_dict(filled, strict=False, assign=True)
     except (ValueError, RuntimeError, NotImplementedError) as error:
         raise ModelError(f"{folder}: does not fit the base: {first_line(error)}") from error
-    lost = sorted(result.unexpected_keys)
-    whole = [n for n, p in model.named_parameters() if not p.is_meta and ".lora_" not in n and TRAINED not in n]
-    missing = [n for n, p in model.named_parameters() if p.is_meta and f".{TRAINED}" in n]
-    for names, what in ((lost, "has no place in the base"), (whole, "a whole weight"), (missing, "is not in the file")):
-        if names:
-            raise ModelError(f"{folder}: {names[0]}: {what}, so the adapter cannot be merged here; {WAY_OUT}")
     return model.eval()
+
+
+def _check_complete(found: set[str], expected: set[str], folder: Path) -> None:
+    """Every tensor of the adapter has its place in the base, and every place its tensor."""
+    for names, what in ((found - expected, "has no place in the base"), (expected - found, "is not in the file")):
+        if names:
+            raise ModelError(f"{folder}: {min(names)} {what} ({len(names)} such), so it cannot be merged; {WAY_OUT}")
 
 
 def _check_variant(layer: LoraLayer, folder: Path) -> None:
@@ -144,8 +151,8 @@ def _lora(layer: Any) -> Change:
         base = layer.get_base_layer()
         empty, base.weight = base.weight, torch.nn.Parameter(weight, requires_grad=False)
         try:
-            layer.float().merge()
-            return base.weight.data  # type: ignore[no-any-return]
+            layer.merge()
+            return base.weight.data
         finally:
             layer.merged_adapters.clear()
             base.weight = empty

@@ -56,6 +56,7 @@ def merge(
     stage: str | None = None,
     dtype: str | None = None,
     output: str | Path | None = None,
+    *,
     verify: bool = True,
     shard: int = SHARD,
 ) -> Path:
@@ -89,8 +90,8 @@ def merge(
     partial = target.with_name(f"{target.name}.partial")
     try:
         with storage(target):
-            written = _write(saved, name, dtype, partial, tokenizer, shard)
-        compared = _compare(saved, hardware, partial, name, dtype, rows) if rows else None
+            written = _write(saved, name, dtype, partial, tokenizer=tokenizer, shard=shard)
+        compared = _compare(saved, saved.adapters[name], hardware, partial, dtype=dtype, rows=rows) if rows else None
         with storage(target):
             partial.replace(target)
     finally:
@@ -103,7 +104,7 @@ def merge(
     return target
 
 
-def _write(saved: SavedRun, name: str, dtype: str, folder: Path, tokenizer: Any, shard: int) -> dict[str, Any]:
+def _write(saved: SavedRun, name: str, dtype: str, folder: Path, *, tokenizer: Any, shard: int) -> dict[str, Any]:
     """The whole checkpoint; returns `{"bytes", "shards", "changed", "untied"}`."""
     base = _base_folder(saved)
     stored = _stored(base)
@@ -127,7 +128,7 @@ def _write(saved: SavedRun, name: str, dtype: str, folder: Path, tokenizer: Any,
     if split.is_sharded:
         index = {"metadata": {"total_size": total}, "weight_map": split.tensor_to_filename}
         write_json(folder / INDEX, index)
-    _other_files(base, saved.adapters[name], folder, dtype, untied, tokenizer)
+    _other_files(base, folder, dtype, untied, tokenizer)
     changed = sum(tensor.change is not None for tensor in tensors)
     say(f"  {len(tensors)} tensors, {changed} changed by the {name} adapter, {total:,} bytes in {dtype}")
     return {"bytes": total, "shards": len(split.filename_to_tensors), "changed": changed, "untied": untied}
@@ -147,13 +148,14 @@ def _write_shard(
             raise ProofError(f"{tensor.name}: NaN or infinite as {kinds[tensor.name]}; choose --dtype float32")
         held[tensor.name] = value
     save_file(held, file, metadata={"format": "pt"})
+    file.chmod(0o644)  # safetensors writes files that only their owner can read; a model is served by others
 
 
 def _kind(tensor: fold.Tensor, stored: torch.dtype, dtype: str, wide: set[str]) -> torch.dtype:
     """Integers stay what they are, and so does what the architecture keeps in float32."""
     if not stored.is_floating_point:
         return stored
-    return torch.float32 if wide & set(tensor.name.split(".")) else getattr(torch, dtype)  # type: ignore[no-any-return]
+    return torch.float32 if wide & set(tensor.name.split(".")) else getattr(torch, dtype)
 
 
 def _base_folder(saved: SavedRun) -> Path:
@@ -204,7 +206,7 @@ def _check_disk(folder: Path, needed: int) -> None:
         )
 
 
-def _other_files(base: Path, adapter: Path, folder: Path, dtype: str, untied: bool, tokenizer: Any) -> None:
+def _other_files(base: Path, folder: Path, dtype: str, untied: bool, tokenizer: Any) -> None:
     """The base's own files, the run's tokenizer and template over them, the type, and where an answer ends."""
     for file in sorted({f for pattern in COMES_ALONG for f in base.glob(pattern)}):
         if file.is_file() and not file.name.endswith(".index.json") and not file.name.startswith("adapter_"):
@@ -222,14 +224,14 @@ def _other_files(base: Path, adapter: Path, folder: Path, dtype: str, untied: bo
     write_json(folder / "generation_config.json", generation)
 
 
-def _compare(saved: SavedRun, hardware: Hardware, folder: Path, name: str, dtype: str, rows: Any) -> Agreement:
+def _compare(saved: SavedRun, adapter: Path, hardware: Hardware, folder: Path, *, dtype: str, rows: Any) -> Agreement:
     """Load one after the other, and measure.
 
     Raises:
         ProofError: the policy is not quantized, and the two differ by more than the rounding of their types.
     """
     batch, rows_from = rows
-    policy: Any = PeftModel.from_pretrained(model.load_base(saved.recipe, hardware), str(saved.adapters[name]))
+    policy: Any = PeftModel.from_pretrained(model.load_base(saved.recipe, hardware), str(adapter))
     expected = agreement.log_probabilities(policy, batch)
     device = policy.device
     del policy

@@ -1,4 +1,4 @@
-"""A talk with the base and the stages of a run, on a terminal or a pipe, from one loaded base with adapters switched."""
+"""A talk with the base and the stages of a run, on a terminal or a pipe: one base, adapters switched."""
 
 import json
 import os
@@ -196,6 +196,7 @@ def talk(
     run: str | Path,
     sampling: Sampling,
     stage: str | None = None,
+    *,
     compare: bool = False,
     system: str | None = None,
     as_json: bool = False,
