@@ -74,8 +74,8 @@ def plan(empty: PreTrainedModel, adapter: Path, stored: Iterable[str]) -> tuple[
     homeless = sorted(set(changes) - set(parameters))
     if homeless:
         raise ModelError(
-            f"{adapter}: {homeless[0]} ({len(homeless)} such) is changed by the adapter, and the base's checkpoint does "
-            f"not hold it as one tensor; {WAY_OUT}"
+            f"{adapter}: {homeless[0]} ({len(homeless)} such) is changed by the adapter, and the base does not store "
+            f"it so; {WAY_OUT}"
         )
     return sorted(tensors, key=lambda tensor: tensor.source), untied
 

@@ -130,7 +130,7 @@ def _write(saved: SavedRun, name: str, dtype: str, folder: Path, *, tokenizer: A
         write_json(folder / INDEX, index)
     _other_files(base, folder, dtype, untied, tokenizer)
     changed = sum(tensor.change is not None for tensor in tensors)
-    say(f"  {len(tensors)} tensors, {changed} changed by the {name} adapter, {total:,} bytes in {dtype}")
+    say(f"  {len(tensors)} tensors, {changed} changed by {name}, {total:,} bytes in {dtype}")
     return {"bytes": total, "shards": len(split.filename_to_tensors), "changed": changed, "untied": untied}
 
 
