@@ -105,12 +105,12 @@ class Speaker:
         Raises:
             ModelError: the template refuses the messages, or they leave no room for an answer.
         """
-        ids, room = self._prompt(messages)
-        if self.sampling.seed is not None:
-            set_seed(self.sampling.seed)
         stream = _Stream(self.tokenizer, heard)
-        inputs = torch.tensor([ids], device=self.model.device)
         try:
+            ids, room = self._prompt(messages)
+            inputs = torch.tensor([ids], device=self.model.device)
+            if self.sampling.seed is not None:
+                set_seed(self.sampling.seed)
             with torch.no_grad(), self._acting(name):
                 self.model.generate(
                     input_ids=inputs,
