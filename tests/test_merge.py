@@ -18,6 +18,7 @@ from tests.tiny import make_base
 from toolkit.adapter import WEIGHTS, adapter_digest
 from toolkit.cli import main
 from toolkit.merge import _check_disk, merge
+from toolkit.saved_run import load_run
 
 LINEAR = {"r": 4, "target_modules": "all-linear"}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
@@ -204,6 +205,25 @@ def test_a_base_that_has_changed_is_refused(tmp_path: Path) -> None:
     save_file({key: value + 1 for key, value in weights.items()}, base / "model.safetensors", {"format": "pt"})
     with pytest.raises(toolkit.ModelError, match="the base has changed since"):
         merge(run, verify=False)
+
+
+def test_a_pulled_adapter_has_its_stages_name_and_no_data(base: Path, tmp_path: Path) -> None:
+    """As `toolkit pull` leaves it: the records of every stage, the adapter of one."""
+    shutil.copytree(finished_run(base), run := tmp_path / "run")
+    shutil.rmtree(run / "sft" / "adapter")
+    assert list(load_run(run).adapters) == ["dpo"]
+    random_adapter(base, tmp_path / "adapter", 1, **LINEAR)
+    alone = pulled(tmp_path, base)
+    assert list(load_run(alone).adapters) == ["adapter"]
+    (tmp_path / "rows.jsonl").unlink()
+    with pytest.raises(toolkit.DataError, match=r"no such file: .*rows.jsonl.*\n.*--no-verify merges without"):
+        merge(alone)
+    with pytest.raises(toolkit.RunError, match="no finished stage 'sft'; found dpo"):
+        merge(run, stage="sft")
+    (run / "dpo" / "stage.json").unlink()
+    shutil.rmtree(run / "adapter")
+    with pytest.raises(toolkit.RunError, match="no stage is finished; run toolkit train again to resume"):
+        load_run(run)
 
 
 def test_what_is_no_run_is_said_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -189,7 +189,7 @@ class Terminal:
 
 def test_on_a_terminal(base: Path) -> None:
     run = finished_run(base)
-    settings = ["--greedy", "--max-new-tokens", "400", "--compare"]
+    settings = ["--greedy", "--max-new-tokens", "200", "--compare"]
     terminal = Terminal([sys.executable, "-m", "toolkit", "chat", str(run), *settings])
     assert "base, sft, dpo; /help shows the commands" in terminal.until("> ")
     terminal.type("what is a\n")

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from toolkit import agreement, chat, fold, model
 from toolkit.adapter import adapter_digest
 from toolkit.agreement import Agreement
-from toolkit.errors import ModelError, ProofError, RunError
+from toolkit.errors import DataError, ModelError, ProofError, RunError
 from toolkit.plan import Hardware, model_dtype, quantization
 from toolkit.progress import say
 from toolkit.proof import OTHER_PATH
@@ -85,7 +85,7 @@ def merge(
         raise RunError(f"{target}: already there; remove it, or choose another folder with --output")
     hardware = model.detect_hardware()
     tokenizer = chat.load_tokenizer(saved.recipe)
-    rows = agreement.rows_to_compare(saved, name, hardware, tokenizer) if verify else None
+    rows = _rows(saved, name, hardware, tokenizer) if verify else None
     dtype = dtype or model_dtype(saved.recipe, hardware)
     partial = target.with_name(f"{target.name}.partial")
     try:
@@ -102,6 +102,14 @@ def merge(
         write_json(saved.path / MERGE, record | {"agreement": compared.as_dict() if compared else None})
     say(f"merged: {target}")
     return target
+
+
+def _rows(saved: SavedRun, name: str, hardware: Hardware, tokenizer: Any) -> Any:
+    """What is compared, found before anything is written; a pulled adapter comes without its data."""
+    try:
+        return agreement.rows_to_compare(saved, name, hardware, tokenizer)
+    except DataError as error:
+        raise DataError(f"{error}\nThere are no rows to compare on; --no-verify merges without comparing") from None
 
 
 def _write(saved: SavedRun, name: str, dtype: str, folder: Path, *, tokenizer: Any, shard: int) -> dict[str, Any]:
@@ -237,8 +245,14 @@ def _compare(saved: SavedRun, adapter: Path, hardware: Hardware, folder: Path, *
     del policy
     release()
     trust = saved.recipe.model.trust_remote_code
-    merged = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=trust)
-    found = agreement.compare(expected, agreement.log_probabilities(merged.to(device), batch), rows_from)
+    merged: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), trust_remote_code=trust)
+    try:
+        logps = agreement.log_probabilities(merged.to(device), batch)
+    except torch.OutOfMemoryError:  # what was trained in 4 bits need not fit the device in 16
+        merged.to("cpu")
+        release()
+        logps = agreement.log_probabilities(merged, batch)
+    found = agreement.compare(expected, logps, rows_from)
     say(f"  {found}")
     coarser = next((d for d in ("bfloat16", "float16") if d in (dtype, model_dtype(saved.recipe, hardware))), "float32")
     if not quantization(saved.recipe) and not found.kl <= OTHER_PATH[coarser]:

@@ -22,7 +22,7 @@ class SavedRun:
     base: dict[str, str]
     """What the base weights were: `{"commit": ...}` or `{"sha256": ...}`."""
     adapters: dict[str, Path]
-    """Stage -> its adapter on the base, in order. A pulled adapter is alone, under the name `adapter`."""
+    """Stage -> its adapter on the base, in order. A pulled adapter is alone, by its stage's name or as `adapter`."""
 
     def stage(self, name: str | None = None) -> str:
         """The stage of that name; the last one where none is named.
@@ -54,7 +54,7 @@ def load_run(path: str | Path) -> SavedRun:
     if resolved is None:
         raise RunError(f"{folder}: no {RESOLVED} in it; expected the output of toolkit train or toolkit pull")
     recipe = _recipe(folder, resolved)
-    adapters = _adapters(folder, recipe)
+    adapters = _adapters(folder, recipe, str(resolved.get("delivered") or ADAPTER))
     if not adapters:
         raise RunError(f"{folder}: no stage is finished; run toolkit train again to resume")
     return SavedRun(folder, recipe, dict(resolved.get("base") or {}), adapters)
@@ -76,8 +76,13 @@ def _recipe(folder: Path, resolved: dict[str, Any]) -> Recipe:
     return pinned
 
 
-def _adapters(folder: Path, recipe: Recipe) -> dict[str, Path]:
+def _adapters(folder: Path, recipe: Recipe, delivered: str) -> dict[str, Path]:
+    """Finished stages whose adapter is here; of a pulled adapter, that one alone."""
     run = RunDirectory(folder)
-    finished = [stage.name for stage in recipe.stages if run.finished(stage.name) is not None]
-    adapters = {name: run.adapter(name) for name in finished} or {ADAPTER: folder / ADAPTER}
-    return {n: a for n, a in adapters.items() if (a / CONFIG).is_file() and (a / WEIGHTS).is_file()}
+    stages = {stage.name: run.adapter(stage.name) for stage in recipe.stages if run.finished(stage.name) is not None}
+    found = {name: path for name, path in stages.items() if _is_adapter(path)}
+    return found or {name: path for name, path in {delivered: folder / ADAPTER}.items() if _is_adapter(path)}
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
