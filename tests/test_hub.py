@@ -9,6 +9,7 @@ import torch
 import yaml
 
 import toolkit
+from tests.conftest import write_recipe
 from tests.hub_server import ENDPOINT, Fault, StandInHub
 from toolkit import hub as hub_module
 from toolkit.cli import main

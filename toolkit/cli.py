@@ -23,6 +23,8 @@ def parser() -> argparse.ArgumentParser:
     _add_preview(commands)
     _add_push(commands)
     _add_pull(commands)
+    _add_merge(commands)
+    _add_chat(commands)
     return top
 
 
@@ -244,6 +246,58 @@ def _pull(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_merge(commands: Any) -> None:
+    text = "write base and adapter as one plain model for serving, and measure how close it is"
+    command = _command(commands, "merge", text, _merge)
+    _takes_run(command)
+    command.add_argument("--stage", metavar="NAME", help="whose adapter (default: the last stage's)")
+    types = ("bfloat16", "float16", "float32")
+    command.add_argument("--dtype", choices=types, help="type of the weights (default: the one that was trained on)")
+    command.add_argument("--output", metavar="DIR", help="a new folder (default: RUN/merged, or RUN/merged-STAGE)")
+    text = "do not load the two models to compare them; memory then stays near one file"
+    command.add_argument("--no-verify", dest="verify", action="store_false", help=text)
+
+
+def _merge(args: argparse.Namespace) -> int:
+    _check_run(args.run_directory)
+    _quiet()
+    from toolkit.merge import merge
+
+    merge(args.run_directory, stage=args.stage, dtype=args.dtype, output=args.output, verify=args.verify)
+    return 0
+
+
+def _add_chat(commands: Any) -> None:
+    text = "talk to the base or a stage; on a pipe, one prompt a line, each a conversation of its own"
+    command = _command(commands, "chat", text, _chat)
+    _takes_run(command)
+    who = command.add_mutually_exclusive_group()
+    who.add_argument("--stage", metavar="NAME", help="base, or a stage (default: the last one)")
+    who.add_argument("--compare", action="store_true", help="the base and every stage answer")
+    command.add_argument("--system", metavar="TEXT", help="the system prompt")
+    command.add_argument("--greedy", action="store_true", help="always the most likely token")
+    command.add_argument("--temperature", type=float, metavar="T", help="above 0 (default: 0.7)")
+    command.add_argument(
+        "--top-p", type=float, metavar="P", help="of the most likely tokens with this sum (default: 0.95)"
+    )
+    command.add_argument("--top-k", type=int, metavar="K", help="of the K most likely tokens (default: all)")
+    command.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="length of an answer")
+    command.add_argument("--seed", type=int, metavar="N", help="the same answers again")
+    command.add_argument("--json", action="store_true", help="on a pipe: one JSON object a line, prompt and answers")
+
+
+def _chat(args: argparse.Namespace) -> int:
+    _check_run(args.run_directory)
+    _quiet()
+    from toolkit.talk import Sampling, talk
+
+    sampling = Sampling(
+        args.greedy, args.temperature, args.top_p, args.top_k, max_new_tokens=args.max_new_tokens, seed=args.seed
+    )
+    talk(args.run_directory, sampling, args.stage, compare=args.compare, system=args.system, as_json=args.json)
+    return 0
+
+
 # --- what commands share ---------------------------------------------------------------------------------------------
 
 
@@ -262,6 +316,20 @@ def _takes_recipe(command: argparse.ArgumentParser) -> None:
 
 def _takes_output(command: argparse.ArgumentParser) -> None:
     command.add_argument("--output", metavar="DIR", help="run directory (default: runs/FOLDER-RECIPE)")
+
+
+def _takes_run(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run_directory", metavar="RUN", help="a run directory, or a pulled adapter")
+
+
+def _check_run(path: str) -> None:
+    """A typo is answered before torch is imported."""
+    from pathlib import Path
+
+    from toolkit.errors import RunError
+
+    if not Path(path).is_dir():
+        raise RunError(f"{path}: no such folder; expected the output of toolkit train or toolkit pull")
 
 
 def _recipe(args: argparse.Namespace) -> Any:
