@@ -100,6 +100,16 @@ def load_source(source: Source, where: str, seed: int) -> Dataset:
     return rows
 
 
+def tokenize(rows: Dataset, source: Source, plan: StagePlan, tokenizer: Any, where: str) -> Dataset:
+    """Rows of one source as the token ids that the stage would train on; rows it would drop are left out.
+
+    Raises:
+        DataError, ModelError: as for `prepare`.
+    """
+    ids = _map(rows, recognise(source, rows.column_names, plan.type, where), plan, tokenizer, where)
+    return ids.filter(lambda s: s in (KEPT, TRUNCATED), input_columns="status").remove_columns("status")
+
+
 def content_digest(rows: Dataset) -> str:
     """SHA-256 over the token ids of every row, in order; independent of files, caches and machines."""
     sha = hashlib.sha256()

@@ -134,9 +134,11 @@ def _check_start(stage: dict[str, Any], earlier: list[str], problem: Any, *at: s
         )
         yield problem(text + did_you_mean(start, known), *at, "from")
     if stage.get("type") == "sft":
-        for key in ("reference", "prefix_sharing"):
+        for key in ("reference", "prefix_sharing", "guard", "keep"):
             if key in stage:
                 yield problem("is for dpo stages; sft has no reference and no pairs", *at, key)
+    if stage.get("keep") == "best" and not stage.get("eval_data"):
+        yield problem("the best checkpoint is found on held-out pairs; give the stage eval_data", *at, "keep")
     if stage.get("adapter") == "continue":
         if start == "base" or (start is None and not earlier):
             yield problem("there is no adapter to continue: the stage starts from the base", *at, "adapter")
@@ -175,6 +177,9 @@ def _check_values(trainer: dict[str, Any], config: str | None, problem: Any, *at
 def _check_combinations(
     stage: dict[str, Any], trainer: dict[str, Any], config: str | None, problem: Any, *at: str | int
 ) -> Iterable[Problem]:
+    for key in ("load_best_model_at_end", "metric_for_best_model", "greater_is_better"):
+        if key in trainer and stage.get("keep") == "best":
+            yield problem("keep: best decides which checkpoint is kept; remove one of the two", *at, key)
     packing = trainer.get("packing")
     if packing and "max_length" in trainer and trainer["max_length"] is None:
         yield problem("packing needs a max_length to fill", *at, "max_length")

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,13 +12,23 @@ from accelerate import PartialState
 from peft import PeftModel
 
 from toolkit import adapter, dpo, evaluate, hub, model, proof, sft, trainer
-from toolkit.chat import first_line
-from toolkit.errors import ModelError, ProofError
+from toolkit.chat import first_line, load_tokenizer
+from toolkit.errors import ModelError, ProofError, RunError
 from toolkit.job import StageJob
 from toolkit.load import load_recipe
-from toolkit.prepare import Prepared, attempt_key, check_parents, plan_text, prepare, resolved, state_of
+from toolkit.plan import stage_plans
+from toolkit.prepare import (
+    Prepared,
+    attempt_key,
+    check_parents,
+    external_adapter,
+    plan_text,
+    prepare,
+    resolved,
+    state_of,
+)
 from toolkit.progress import say
-from toolkit.recipe import Recipe
+from toolkit.recipe import Evaluate, Recipe, Source
 from toolkit.rundir import EVALUATION, RunDirectory, default_output, storage, write_json
 
 
@@ -57,13 +68,14 @@ def train(
     states = _states(prepared, run, stage, fresh)
     check_parents(prepared, states, stage)
     if recipe.evaluate is not None:
-        evaluate.held_out_rows(recipe, prepared.tokenizer)  # better now than after hours
+        evaluate.check(recipe, prepared.hardware, prepared.tokenizer)  # better now than after hours
     say(plan_text(prepared, states) + "\n")
     with _alone(run):
         _record(prepared, run)
         for job in prepared.jobs:
             if states[job.plan.name] != "finished" and stage in (None, job.plan.name):
                 _run_stage(job, run, resume=states[job.plan.name] == "interrupted")
+                _evaluate(prepared, run, [job])
         return _deliver(prepared, run)
 
 
@@ -99,6 +111,54 @@ def compute_reference(
             dpo.prove(job, built, start)
             dpo.take_reference(job, built)
     return [job.plan.name for job in jobs]
+
+
+def evaluate_run(
+    output: str | Path,
+    stages: Sequence[str] = (),
+    data: Sequence[str] = (),
+    limit: int | None = None,
+    seed: int | None = None,
+) -> dict[str, Any]:
+    """Measure the base and the finished stages of a run, as `train` does, and write `evaluation.json`.
+
+    Args:
+        output: The run directory.
+        stages: These stages only; by default every finished one.
+        data: Held-out data sets in place of the recipe's.
+        limit: At most this many rows of each.
+        seed: In place of the recipe's, for what is drawn here: answers and intervals.
+
+    Raises:
+        RunError: it is no run directory, or nothing in it is finished.
+        ToolkitError: as for `train`.
+    """
+    run = RunDirectory(Path(output))
+    recipe = run.recipe()
+    section = recipe.evaluate or Evaluate()
+    if data:
+        section = section.model_copy(update={"data": [Source(path=_place(path)) for path in data]})
+    recipe = recipe.adjusted(evaluate=section, **({} if seed is None else {"seed": seed}))
+    finished = [stage.name for stage in recipe.stages if run.finished(stage.name)]
+    if unknown := [name for name in stages if name not in finished] or not finished:
+        asked = ", ".join(unknown) if isinstance(unknown, list) else "every stage"
+        raise RunError(f"{run.path}: {asked}: not finished here; finished: {', '.join(finished) or 'none'}")
+    hardware, tokenizer = model.detect_hardware(), load_tokenizer(recipe)
+    starts = {
+        plan.name: run.adapter(plan.start) if plan.start in finished else external_adapter(recipe, plan)
+        for plan in stage_plans(recipe, hardware)
+        if plan.name in (stages or finished)
+    }
+    with _alone(run):
+        contenders = evaluate.contenders_of(recipe, run, starts)
+        found = evaluate.evaluate(recipe, hardware, tokenizer, run, contenders, limit=limit)
+        write_json(run.path / EVALUATION, found)
+    say(evaluate.table(found))
+    return found
+
+
+def _place(path: str) -> str:
+    return str(Path(path).resolve()) if Path(path).exists() else path
 
 
 def _prepared(
@@ -231,6 +291,16 @@ def _verify(job: StageJob, folder: Path, policy_logps: Any) -> float:
     return difference
 
 
+def _evaluate(prepared: Prepared, run: RunDirectory, jobs: list[StageJob]) -> Any:
+    """Measure base and stages, once each: what is stored and still holds is read."""
+    recipe, evaluation = prepared.recipe, None
+    if recipe.evaluate is not None and PartialState().is_main_process:
+        contenders = evaluate.contenders_of(recipe, run, {job.plan.name: job.start for job in jobs})
+        evaluation = evaluate.evaluate(recipe, prepared.hardware, prepared.tokenizer, run, contenders)
+        trainer.release()
+    return evaluation
+
+
 def _deliver(prepared: Prepared, run: RunDirectory) -> RunResult:
     states = _states(prepared, run, None, False)  # with --stage, a stage after it may have become stale
     records = {name: run.finished(name) for name, state in states.items() if state == "finished"}
@@ -242,8 +312,7 @@ def _deliver(prepared: Prepared, run: RunDirectory) -> RunResult:
         target = run.deliver(prepared.jobs[-1].plan.name)
         say(f"adapter: {target}")
         if prepared.recipe.evaluate is not None:
-            adapters = {job.plan.name: run.adapter(job.plan.name) for job in prepared.jobs}
-            evaluation = evaluate.evaluate(prepared.recipe, prepared.hardware, prepared.tokenizer, adapters)
+            evaluation = _evaluate(prepared, run, prepared.jobs)
             write_json(run.path / EVALUATION, evaluation)
             say("\n" + evaluate.table(evaluation))
         if prepared.recipe.hub is not None:
