@@ -28,6 +28,7 @@ What cannot be measured (no pairs, no reference) is `null`.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -264,10 +265,10 @@ class _Meter:
     def _harness(self, loaded: Any) -> dict[str, Any] | None:
         if not self.settings.lm_eval:
             return None
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-
-        wrapped = HFLM(pretrained=loaded, tokenizer=self.tokenizer, batch_size=self.settings.batch_size)
+        lm_eval = import_module("lm_eval")  # an extra, looked for by `heldout.read` before anything is measured
+        wrapped = import_module("lm_eval.models.huggingface").HFLM(
+            pretrained=loaded, tokenizer=self.tokenizer, batch_size=self.settings.batch_size
+        )
         found = lm_eval.simple_evaluate(model=wrapped, tasks=self.settings.lm_eval, random_seed=self.seed)
         return dict(found["results"])
 

@@ -135,9 +135,10 @@ def evaluate_run(
     """
     run = RunDirectory(Path(output))
     recipe = run.recipe()
-    section = recipe.evaluate or Evaluate()
+    section = recipe.evaluate or Evaluate.model_validate({})
     if data:
-        section = section.model_copy(update={"data": [Source(path=_place(path)) for path in data]})
+        sources = [Source.model_validate({"path": _place(path)}) for path in data]
+        section = section.model_copy(update={"data": sources})
     recipe = recipe.adjusted(evaluate=section, **({} if seed is None else {"seed": seed}))
     finished = [stage.name for stage in recipe.stages if run.finished(stage.name)]
     if unknown := [name for name in stages if name not in finished] or not finished:
@@ -231,7 +232,10 @@ def _train_stage(job: StageJob, run: RunDirectory, resume: bool) -> tuple[Path, 
     if state.is_main_process:
         run.begin(plan.name, attempt_key(job), resume)
     state.wait_for_everyone()
+    watching = dpo.watch_over(job, built) if plan.type == "dpo" else None
     record["metrics"] = trainer.fit(built, job)
+    if watching is not None:
+        record |= dpo.outcome(watching, built)
     record["trainer_args"] = built.args.to_dict()
     partial = job.folder / "adapter.partial"
     if state.is_main_process:

@@ -32,6 +32,9 @@ def arguments(config_class: Any, job: StageJob, **own: Any) -> Any:
         RunError: one process sees several GPUs.
     """
     settings = {key: value for key, value in job.plan.trainer.items() if key not in APPLIED_TO_ROWS}
+    settings.setdefault(
+        "run_name", f"{job.folder.parent.name}-{job.plan.name}"
+    )  # trackers sort stages of a run together
     if job.hardware.device == "cpu":
         settings["use_cpu"] = True  # TrainingArguments sets the process group up anew, and must find it there
         settings.setdefault("dataloader_pin_memory", False)
