@@ -1,8 +1,9 @@
 """Answers to prompts in padded batches, greedy and sampled, and the KL divergence on them.
 
-Sampling adds Gumbel noise to the logits and takes the largest, which draws exactly from the softmax (temperature 1).
-Every prompt has a generator of its own, so that an answer depends on the seed and on its prompt alone: not on the batch
-it stands in, nor on torch's global generators, which are left as they were.
+Sampling adds Gumbel noise (minus the log of an exponential variable) to the logits and takes the largest, which draws
+exactly from the softmax, at temperature 1. Every prompt has a generator of its own, so that an answer depends on the
+seed and on its prompt alone: not on the batch it stands in, nor on torch's global generators, which are left as they
+were.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -42,8 +43,7 @@ class Gumbel(LogitsProcessor):
         scores = scores.float().clone()
         for i, generator in enumerate(self.generators):
             if generator is not None:
-                uniform = torch.rand(scores.shape[1], generator=generator, device=scores.device).clamp(min=1e-20)
-                scores[i] -= torch.log(-torch.log(uniform).clamp(min=1e-20))
+                scores[i] -= torch.empty_like(scores[i]).exponential_(generator=generator).clamp(min=1e-20).log()
         return scores
 
 
