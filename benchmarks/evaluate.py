@@ -46,13 +46,10 @@ def main() -> None:
         expected = [_by_generate(one, tokenizer, order, limits) for one in plain]
         theirs.append(time.perf_counter() - began)
         equal = equal and said == expected
-    print(
-        f"{len(order)} prompts, {limits.max_new_tokens} tokens at most, batch {limits.batch_size}, {len(plain)} models"
-    )
-    print(
-        f"switching adapters {statistics.median(ours):.2f} s, plain generate {statistics.median(theirs):.2f} s (medians)"
-    )
-    print(f"ratio {statistics.median(ours) / statistics.median(theirs):.2f}, answers equal: {equal}")
+    mine, plainly = statistics.median(ours), statistics.median(theirs)
+    print(f"{len(order)} prompts, {limits.max_new_tokens} tokens at most, batch {limits.batch_size}")
+    print(f"switching adapters {mine:.2f} s, plain generate {plainly:.2f} s (medians of {args.repeat})")
+    print(f"ratio {mine / plainly:.2f}, answers equal: {equal}")
 
 
 def _plain(name: str, adapter: Path | None) -> Any:

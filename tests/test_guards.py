@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from safetensors.torch import load_file
 
 import toolkit
 from tests.conftest import pairs, write_jsonl
+from tests.test_cli import CPU_2PROC
 from tests.test_resume import kill_at
 from toolkit.guards import LN2, Said, Seen, selection, tripped
 from toolkit.progress import read_metrics
@@ -207,3 +210,17 @@ def test_the_stages_guard_stands_over_the_recipes(recipe: dict[str, Any], write:
     assert (dpo.guard or {})["action"] == "off"
     assert (dpo.guard or {})["kl"] == 0.3
     assert json.dumps(dpo.guard)
+
+
+def test_two_processes_agree_on_what_is_said_and_kept(best: dict[str, Any], write: Any, tmp_path: Path) -> None:
+    best["stages"][0]["guard"]["kl"] = 0.02
+    one = trained(best, write, tmp_path / "one")
+    best["stages"][0]["trainer"]["per_device_train_batch_size"] = 2
+    accelerate = Path(sys.executable).with_name("accelerate")
+    command = [str(accelerate), "launch", "--config_file", str(CPU_2PROC), "-m", "toolkit", "train"]
+    command += [str(write(best)), "--output", str(tmp_path / "two")]
+    subprocess.run(command, check=True, capture_output=True)
+    records = [one.stages["dpo"], json.loads((tmp_path / "two" / "dpo" / "stage.json").read_text())]
+    assert records[0]["kept"]["step"] == records[1]["kept"]["step"]
+    said = [[(g["guard"], g["step"]) for g in record["guards"]] for record in records]
+    assert said[0] == said[1] != []

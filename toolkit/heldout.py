@@ -64,6 +64,8 @@ def read(recipe: Recipe, hardware: Hardware, tokenizer: Any, limit: int | None =
         raise DataError(f"{recipe.where('evaluate')}: nothing is held out; give evaluate.data, or a stage eval_data")
     _check(recipe, own, tokenizer)
     asked = _prompts(own) or _prompts(stages)[:PROMPTS_OF_EVAL_DATA]
+    if not asked:
+        raise DataError(f"{recipe.where('evaluate')}: no held-out row has a prompt to answer; give evaluate.data")
     pairs_plan = next((p for p in reversed(plans) if p.type == "dpo"), replace(plans[-1], type="dpo"))
     sft_plan = next((p for p in reversed(plans) if p.type == "sft"), replace(plans[-1], type="sft"))
     answers = _tokenized(own, sft_plan, tokenizer) or _tokenized(stages, sft_plan, tokenizer)
@@ -102,7 +104,7 @@ def _check(recipe: Recipe, own: list[_Part], tokenizer: Any) -> None:
     for part in own:
         columns = part.rows.column_names
         needed = {score.needs for score in scores if score.needs}
-        if not set(PROMPTS) & set(columns) and ("text" not in columns or needed):
+        if not set(PROMPTS) & set(columns):
             needed.add("prompt")
         missing = sorted(needed - set(columns))
         if missing:
@@ -113,7 +115,7 @@ def _check(recipe: Recipe, own: list[_Part], tokenizer: Any) -> None:
             if empty:
                 text = f"{', '.join(empty)} is empty; fill it in, or remove the row"
                 raise DataError(f"{part.where}: row {number}: {text}")
-        if set(PROMPTS) & set(columns) and isinstance(_prompt(part.rows[0]), list) and not tokenizer.chat_template:
+        if isinstance(_prompt(part.rows[0]), list) and not tokenizer.chat_template:
             text = "the prompts are messages and there is no chat template; set model.chat_template"
             raise ModelError(f"{part.where}: {text}")
 

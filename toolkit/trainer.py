@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +71,20 @@ def fit(trainer: Any, job: StageJob) -> dict[str, float]:
     checkpoint = last_checkpoint(job.folder / "checkpoints")
     if checkpoint is not None:
         say(f"  resumes from {checkpoint.name}")
+    others_run = _wandb_run()
     try:
         with storage(job.folder):
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         progress.close()
+        if others_run is None and _wandb_run() is not None:
+            sys.modules["wandb"].finish()
     return dict(result.metrics)
+
+
+def _wandb_run() -> Any:
+    """The open run of wandb, if there is one: transformers leaves it open, and the next stage would log into it."""
+    return getattr(sys.modules.get("wandb"), "run", None)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
