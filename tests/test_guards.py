@@ -85,6 +85,7 @@ def test_checkpoints_are_ranked_by_accuracy_within_the_bound_then_by_loss() -> N
         selection(1.0, 0.0, kl=0.6, bound=0.5, pairs=10),
         selection(1.0, 0.0, kl=9.0, bound=0.5, pairs=10),
         selection(1.0, 0.0, kl=math.nan, bound=0.5, pairs=10),
+        selection(1.0, 0.0, kl=0.0, bound=0.5, pairs=10),
     ]
     assert ranked == sorted(ranked, reverse=True)
 
@@ -157,28 +158,28 @@ def best(held_out: dict[str, Any]) -> dict[str, Any]:
     stage = held_out["stages"][0]
     stage["keep"] = "best"
     del stage["trainer"]["save_strategy"]
-    stage["trainer"] |= {"eval_steps": 1, "save_total_limit": 9}
+    stage["trainer"] |= {"eval_steps": 1, "save_total_limit": 9, "warmup_steps": 0}
     return held_out
 
 
 def test_the_best_checkpoint_is_the_one_delivered(best: dict[str, Any], write: Any, tmp_path: Path) -> None:
-    stage = best["stages"][0]
-    stage["guard"]["kl"] = 0.02
-    result = trained(best, write, tmp_path / "run")
+    free = trained(best, write, tmp_path / "free", "stages.dpo.guard.kl=1e9").stages["dpo"]["kept"]["candidates"]
+    bound = (free[1]["kl"] + max(one["kl"] for one in free[2:])) / 2  # so that the last weights are beyond it
+    result = trained(best, write, tmp_path / "run", f"stages.dpo.guard.kl={bound}")
     kept = result.stages["dpo"]["kept"]
-    rank = {one["step"]: selection(one["accuracy"], one["loss"], one["kl"], 0.02, 6) for one in kept["candidates"]}
+    assert kept["candidates"] == free
+    rank = {one["step"]: selection(one["accuracy"], one["loss"], one["kl"], bound, 6) for one in free}
     assert len(rank) == 6
     assert kept["step"] == max(rank, key=lambda step: rank[step])
-    assert f"step {kept['step']}: " in kept["why"]
+    assert next(one["kl"] for one in free if one["step"] == kept["step"]) <= bound
+    assert kept["why"].startswith(f"step {kept['step']}: best held-out preference accuracy ")
     checkpoint = tmp_path / "run" / "dpo" / "checkpoints" / f"checkpoint-{kept['step']}" / "adapter_model.safetensors"
     assert result.adapter is not None
     delivered, saved = load_file(result.adapter / "adapter_model.safetensors"), load_file(checkpoint)
     assert all(delivered[name].equal(saved[name]) for name in saved)
-    assert kept["step"] < 6  # so that the last weights would have been others
 
 
 def test_a_killed_run_keeps_the_same_checkpoint(best: dict[str, Any], write: Any, tmp_path: Path) -> None:
-    best["stages"][0]["guard"]["kl"] = 0.02
     whole = trained(best, write, tmp_path / "whole")
     file, output = write(best), tmp_path / "killed"
     kill_at("dpo 5/", file, output)
@@ -213,7 +214,7 @@ def test_the_stages_guard_stands_over_the_recipes(recipe: dict[str, Any], write:
 
 
 def test_two_processes_agree_on_what_is_said_and_kept(best: dict[str, Any], write: Any, tmp_path: Path) -> None:
-    best["stages"][0]["guard"]["kl"] = 0.02
+    best["stages"][0]["guard"]["kl"] = 0.001
     one = trained(best, write, tmp_path / "one")
     best["stages"][0]["trainer"]["per_device_train_batch_size"] = 2
     accelerate = Path(sys.executable).with_name("accelerate")

@@ -185,9 +185,12 @@ def selection(accuracy: float, loss: float, kl: float, bound: float, pairs: int)
     """What `keep: best` ranks checkpoints by: larger is better.
 
     Within the bound on the KL: the held-out preference accuracy, and among equals (they are multiples of 1 / pairs) the
-    lower held-out loss. Beyond the bound: below all of those, the smaller KL first.
+    lower held-out loss. Beyond the bound: below all of those, the smaller KL first. Last what is not finite, and what
+    has not moved at all, such as the weights after a warmup step at a learning rate of zero.
     """
-    if not kl <= bound:
-        return -kl if math.isfinite(kl) else -1e9
+    if not math.isfinite(kl) or kl == 0:
+        return -1e9
+    if kl > bound:
+        return -kl
     squashed = loss / (1 + loss) if math.isfinite(loss) and loss >= 0 else 1.0
     return accuracy - squashed / (2 * pairs)

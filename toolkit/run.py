@@ -129,6 +129,9 @@ def evaluate_run(
         limit: At most this many rows of each.
         seed: In place of the recipe's, for what is drawn here: answers and intervals.
 
+    Returns:
+        What stands in `evaluation.json` (see `toolkit.evaluate`); nothing on processes but the main one.
+
     Raises:
         RunError: it is no run directory, or nothing in it is finished.
         ToolkitError: as for `train`.
@@ -145,6 +148,8 @@ def evaluate_run(
         asked = ", ".join(unknown) if isinstance(unknown, list) else "every stage"
         raise RunError(f"{run.path}: {asked}: not finished here; finished: {', '.join(finished) or 'none'}")
     hardware, tokenizer = model.detect_hardware(), load_tokenizer(recipe)
+    if not PartialState().is_main_process:
+        return {}  # one process measures
     starts = {
         plan.name: run.adapter(plan.start) if plan.start in finished else external_adapter(recipe, plan)
         for plan in stage_plans(recipe, hardware)

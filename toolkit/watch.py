@@ -79,7 +79,7 @@ class Guards(TrainerCallback):
                 by_step[line["step"]] = by_step.get(line["step"], {}) | found
         candidates = [{"step": step, **found} for step, found in sorted(by_step.items())]
         chosen = next(one for one in candidates if one["step"] == state.best_global_step)
-        within = [one for one in candidates if one["kl"] <= self.guard.kl]
+        within = [one for one in candidates if 0 < one["kl"] <= self.guard.kl]
         if within:
             why = (
                 f"best held-out preference accuracy {chosen['accuracy']:.3g} (loss {chosen['loss']:.3g}) among the "
