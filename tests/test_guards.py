@@ -225,3 +225,21 @@ def test_two_processes_agree_on_what_is_said_and_kept(best: dict[str, Any], writ
     assert records[0]["kept"]["step"] == records[1]["kept"]["step"]
     said = [[(g["guard"], g["step"]) for g in record["guards"]] for record in records]
     assert said[0] == said[1] != []
+
+
+def test_a_continued_adapter_is_held_against_its_frozen_copy(
+    held_out: dict[str, Any], write: Any, tmp_path: Path
+) -> None:
+    start = trained(held_out, write, tmp_path / "start", "stages.dpo.guard=off").output / "adapter"
+    held_out["stages"][0] |= {"from": str(start), "adapter": "continue"}
+    held_out["evaluate"] = {"max_new_tokens": 6}
+    result = trained(held_out, write, tmp_path / "run", "stages.dpo.trainer.learning_rate=1e-9")
+    kls = [
+        line["eval_guard/kl"]
+        for line in read_metrics(tmp_path / "run" / "dpo" / "metrics.jsonl")
+        if "eval_guard/kl" in line
+    ]
+    assert max(kls) < 1e-6  # not the KL to the base
+    assert result.evaluation is not None
+    assert result.evaluation["models"]["dpo"]["kl"]["value"] < 1e-6
+    assert trained(held_out, write, tmp_path / "fast").evaluation["models"]["dpo"]["kl"]["value"] > 1e-4
