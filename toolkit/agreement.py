@@ -5,10 +5,8 @@ from typing import Any
 
 import torch
 
-from toolkit import data
-from toolkit.chat import IGNORED, tokenize_prompt
-from toolkit.evaluate import held_out_rows
-from toolkit.formats import prompt_of
+from toolkit import data, heldout
+from toolkit.chat import IGNORED
 from toolkit.plan import Hardware, StagePlan, stage_plans
 from toolkit.proof import Sequences, sequences
 from toolkit.recipe import Recipe, Source
@@ -58,7 +56,7 @@ def rows_to_compare(run: SavedRun, stage: str, hardware: Hardware, tokenizer: An
     if settings.eval_data:
         rows, name = _few(run.recipe, plan, settings.eval_data, tokenizer), "eval_data"
     elif run.recipe.evaluate is not None:
-        ids = [tokenize_prompt(prompt_of(row), tokenizer) for row in held_out_rows(run.recipe, tokenizer)[:ROWS]]
+        ids = heldout.read(run.recipe, hardware, tokenizer, limit=ROWS).prompts[:ROWS]
         rows, name = [{"input_ids": row, "labels": row} for row in ids], "evaluate"
     else:
         rows, name = _few(run.recipe, plan, settings.data, tokenizer), "training data"

@@ -25,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
     _add_pull(commands)
     _add_merge(commands)
     _add_chat(commands)
+    _add_evaluate(commands)
     return top
 
 
@@ -298,6 +299,25 @@ def _chat(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_evaluate(commands: Any) -> None:
+    command = _command(commands, "evaluate", "measure the base and every finished stage of a run", _evaluate)
+    command.add_argument("run_directory", metavar="RUN", help="the run directory")
+    command.add_argument(
+        "--stage", action="append", default=[], metavar="NAME", help="this stage only; may be repeated"
+    )
+    command.add_argument("--data", action="append", default=[], metavar="PATH", help="held-out rows; may be repeated")
+    command.add_argument("--limit", type=_positive, metavar="N", help="at most so many rows of each data set")
+    command.add_argument("--seed", type=int, metavar="N", help="for sampled answers and intervals")
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    _quiet()
+    from toolkit.run import evaluate_run
+
+    evaluate_run(args.run_directory, args.stage, args.data, args.limit, args.seed)
+    return 0
+
+
 # --- what commands share ---------------------------------------------------------------------------------------------
 
 
@@ -337,6 +357,13 @@ def _recipe(args: argparse.Namespace) -> Any:
     from toolkit.load import load_recipe
 
     return load_recipe(args.recipe, args.overrides, args.trust_remote_code, args.allow_pickle)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"found {text}, expected 1 or more")
+    return value
 
 
 def _quiet() -> None:

@@ -137,6 +137,17 @@ def load_numbered(source: Source, where: str, seed: int) -> tuple[Dataset, Seque
     return rows.select(numbers), numbers
 
 
+def tokenize(rows: Dataset, source: Source, plan: StagePlan, tokenizer: Any, where: str) -> Dataset:
+    """Rows of one source as the token ids that the stage would train on; rows it would drop are left out.
+
+    Raises:
+        DataError, ModelError: as for `prepare`.
+    """
+    shape = recognise(source, rows.column_names, plan.type, where)
+    ids = _map(rows, shape, plan, tokenizer, where, numbers=range(len(rows)))
+    return ids.filter(lambda s: s in (KEPT, TRUNCATED), input_columns="status").remove_columns(list(_TOLD))
+
+
 def content_digest(rows: Dataset) -> str:
     """SHA-256 over the token ids of every row, in order; independent of files, caches and machines."""
     sha = hashlib.sha256()

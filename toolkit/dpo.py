@@ -8,7 +8,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
-from toolkit import adapter, prefix, prefix_check, proof, reference, sharding, trainer
+from toolkit import adapter, prefix, prefix_check, proof, reference, sharding, trainer, watch
 from toolkit.chat import first_line
 from toolkit.checkpoints import WholeCheckpoints
 from toolkit.errors import ModelError
@@ -138,6 +138,32 @@ def take_reference(job: StageJob, built: PairTrainer) -> None:
     if built.eval_dataset is not None:
         built.eval_dataset = reference.with_reference(job, built, built.eval_dataset, "held-out")
     built.precompute_ref_logps = True  # what `precompute_ref_log_probs` sets, without TRL's own pass and its hash
+
+
+def watch_over(job: StageJob, built: PairTrainer) -> watch.Guards | None:
+    """Put the guards on the trainer; `None` where they are off and nothing is to be chosen.
+
+    Raises:
+        ModelError: `keep: best` on a sharded model, which cannot answer prompts in the middle of training.
+    """
+    watching = watch.Guards(job, built)
+    if job.plan.keep == "best" and not watching.generates:
+        raise ModelError(
+            f"{job.where('keep')}: best measures the KL on answers, which a sharded model cannot give here"
+        )
+    if watching.guard.action == "off" and job.plan.keep == "last":
+        return None
+    built.add_callback(watching)
+    return watching
+
+
+def outcome(watching: watch.Guards, built: PairTrainer) -> dict[str, Any]:
+    """For `stage.json`: `guards`, what was said; `stopped`, what ended training, or `None`; `kept`, which weights."""
+    found: dict[str, Any] = {"guards": watching.said, "stopped": watching.stopped}
+    if watching.job.plan.keep == "best":
+        found["kept"] = watching.kept(built.state)
+        say(f"  kept: {found['kept']['why']}")
+    return found
 
 
 def _groups(job: StageJob) -> bool:

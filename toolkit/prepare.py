@@ -169,7 +169,7 @@ def _short_name(text: str) -> str:
 def _job(prepared: Prepared, plan: StagePlan, run: RunDirectory, empty: Any) -> StageJob:
     recipe, hardware = prepared.recipe, prepared.hardware
     parent = next((job for job in prepared.jobs if job.plan.name == plan.start), None)
-    start = run.adapter(plan.start) if parent else _external_adapter(recipe, plan, empty)
+    start = run.adapter(plan.start) if parent else external_adapter(recipe, plan, empty)
     if plan.mode == "stack":
         _check_stack(prepared, plan, parent, start)
     trainable = _trainable(recipe, plan, empty, parent, start)
@@ -202,7 +202,15 @@ def _job(prepared: Prepared, plan: StagePlan, run: RunDirectory, empty: Any) -> 
     return job
 
 
-def _external_adapter(recipe: Recipe, plan: StagePlan, empty: Any) -> Path | None:
+def external_adapter(recipe: Recipe, plan: StagePlan, empty: Any) -> Path | None:
+    """The folder of the adapter that a stage starts from; `None` for the base.
+
+    Args:
+        empty: the base without its weights, which the adapter must fit.
+
+    Raises:
+        ModelError: there is none, or it does not fit.
+    """
     if plan.start == "base":
         return None
     where = recipe.where("stages", plan.index, "from")

@@ -20,6 +20,7 @@ SHOWN = {
     "rewards/accuracies": "accuracy",
     "eval_rewards/margins": "eval margin",
     "eval_rewards/accuracies": "eval accuracy",
+    "eval_guard/kl": "KL",
     "mean_token_accuracy": "token accuracy",
 }
 

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,13 +28,24 @@ from toolkit import (
     sharding,
     trainer,
 )
-from toolkit.chat import first_line
+from toolkit.chat import first_line, load_tokenizer
 from toolkit.errors import ModelError, ProofError, RunError
 from toolkit.job import StageJob
 from toolkit.load import load_recipe
-from toolkit.prepare import Prepared, attempt_key, check_parents, plan_text, prepare, resolved, start_commit, state_of
+from toolkit.plan import stage_plans
+from toolkit.prepare import (
+    Prepared,
+    attempt_key,
+    check_parents,
+    external_adapter,
+    plan_text,
+    prepare,
+    resolved,
+    start_commit,
+    state_of,
+)
 from toolkit.progress import say
-from toolkit.recipe import Recipe
+from toolkit.recipe import Evaluate, Recipe, Source
 from toolkit.rundir import EVALUATION, RunDirectory, default_output, storage, write_json
 
 
@@ -79,13 +90,14 @@ def train(
         states = _states(prepared, run, stage, fresh)
         check_parents(prepared, states, stage)
         if asked.evaluate is not None:
-            evaluate.held_out_rows(asked, prepared.tokenizer)  # better now than after hours
+            evaluate.check(asked, prepared.hardware, prepared.tokenizer)  # better now than after hours
         jobs = [job for job in prepared.jobs if states[job.plan.name] != "finished" and stage in (None, job.plan.name)]
         check.stop_on_errors(prepared, jobs)
         say(plan_text(prepared, states) + "\n")
         _record(prepared, run)
         for job in jobs:
             _run_stage(job, run, resume=states[job.plan.name] == "interrupted", probe=probe)
+            _evaluate(prepared, run, [job])
         return _deliver(prepared, run)
 
 
@@ -123,6 +135,61 @@ def compute_reference(
             dpo.prove(job, built, start)
             dpo.take_reference(job, built)
     return [job.plan.name for job in jobs]
+
+
+def evaluate_run(
+    output: str | Path,
+    stages: Sequence[str] = (),
+    data: Sequence[str] = (),
+    limit: int | None = None,
+    seed: int | None = None,
+) -> dict[str, Any]:
+    """Measure the base and the finished stages of a run, as `train` does, and write `evaluation.json`.
+
+    Args:
+        output: The run directory.
+        stages: These stages only; by default every finished one.
+        data: Held-out data sets in place of the recipe's.
+        limit: At most this many rows of each.
+        seed: In place of the recipe's, for what is drawn here: answers and intervals.
+
+    Returns:
+        What stands in `evaluation.json` (see `toolkit.evaluate`); nothing on processes but the main one.
+
+    Raises:
+        RunError: it is no run directory, or nothing in it is finished.
+        ToolkitError: as for `train`.
+    """
+    run = RunDirectory(Path(output))
+    recipe = run.recipe()
+    section = recipe.evaluate or Evaluate.model_validate({})
+    if data:
+        sources = [Source.model_validate({"path": _place(path)}) for path in data]
+        section = section.model_copy(update={"data": sources})
+    recipe = recipe.adjusted(evaluate=section, **({} if seed is None else {"seed": seed}))
+    finished = [stage.name for stage in recipe.stages if run.finished(stage.name)]
+    if unknown := [name for name in stages if name not in finished] or not finished:
+        asked = ", ".join(unknown) if isinstance(unknown, list) else "every stage"
+        raise RunError(f"{run.path}: {asked}: not finished here; finished: {', '.join(finished) or 'none'}")
+    hardware, tokenizer = model.detect_hardware(), load_tokenizer(recipe)
+    if not PartialState().is_main_process:
+        return {}  # one process measures
+    empty = model.empty_base(recipe)
+    starts = {
+        plan.name: run.adapter(plan.start) if plan.start in finished else external_adapter(recipe, plan, empty)
+        for plan in stage_plans(recipe, hardware)
+        if plan.name in (stages or finished)
+    }
+    with run.held():
+        contenders = evaluate.contenders_of(recipe, run, starts)
+        found = evaluate.evaluate(recipe, hardware, tokenizer, run, contenders, limit=limit)
+        write_json(run.path / EVALUATION, found)
+    say(evaluate.table(found))
+    return found
+
+
+def _place(path: str) -> str:
+    return str(Path(path).resolve()) if Path(path).exists() else path
 
 
 @contextmanager
@@ -212,8 +279,11 @@ def _train_stage(job: StageJob, run: RunDirectory, resume: bool, probe: bool) ->
     if state.is_main_process:
         run.begin(plan.name, attempt_key(job), resume)
     state.wait_for_everyone()
+    watching = dpo.watch_over(job, built) if plan.type == "dpo" else None
     record["metrics"] = trainer.fit(built, job, probe)
     record["peak_memory"] = provenance.peak_memory()
+    if watching is not None:
+        record |= dpo.outcome(watching, built)
     record["trainer_args"] = built.args.to_dict()
     partial = job.folder / "adapter.partial"
     if sharding.is_sharded() or state.is_main_process:  # every process holds a part of a sharded model
@@ -289,6 +359,16 @@ def _verify(job: StageJob, folder: Path, policy_logps: Any) -> float:
     return difference
 
 
+def _evaluate(prepared: Prepared, run: RunDirectory, jobs: list[StageJob]) -> Any:
+    """Measure base and stages, once each: what is stored and still holds is read."""
+    recipe, evaluation = prepared.recipe, None
+    if recipe.evaluate is not None and PartialState().is_main_process:
+        contenders = evaluate.contenders_of(recipe, run, {job.plan.name: job.start for job in jobs})
+        evaluation = evaluate.evaluate(recipe, prepared.hardware, prepared.tokenizer, run, contenders)
+        trainer.release()
+    return evaluation
+
+
 def _deliver(prepared: Prepared, run: RunDirectory) -> RunResult:
     states = _states(prepared, run, None, False)  # with --stage, a stage after it may have become stale
     records = {name: run.finished(name) for name, state in states.items() if state == "finished"}
@@ -300,8 +380,7 @@ def _deliver(prepared: Prepared, run: RunDirectory) -> RunResult:
         run.deliver(prepared.jobs[-1].plan.name)
         say(f"adapter: {target}")
         if prepared.recipe.evaluate is not None:
-            adapters = {job.plan.name: run.adapter(job.plan.name) for job in prepared.jobs}
-            evaluation = evaluate.evaluate(prepared.recipe, prepared.hardware, prepared.tokenizer, adapters)
+            evaluation = _evaluate(prepared, run, prepared.jobs)
             write_json(run.path / EVALUATION, evaluation)
             say("\n" + evaluate.table(evaluation))
         with storage(run.path):

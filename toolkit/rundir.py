@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from toolkit import lock
 from toolkit.errors import RunError
@@ -68,6 +69,21 @@ class RunDirectory:
         with storage(self.path):
             write_json(self.path / RESOLVED, {"identity": identity(recipe), **resolved})  # first: it says whose this is
             write_text(self.path / RECIPE, text)
+
+    def recipe(self) -> Recipe:
+        """The recipe as it was run, overrides included.
+
+        Raises:
+            RunError: this is no run directory, or one of another version.
+        """
+        resolved = self._resolved()
+        try:
+            recipe = Recipe.model_validate((resolved or {})["recipe"])
+        except (KeyError, ValidationError):
+            found = "was written by another version" if resolved else "is not a run directory"
+            raise RunError(f"{self.path}: {found}; expected what `toolkit train` leaves behind") from None
+        recipe._file = self.path / RECIPE
+        return recipe
 
     def folder(self, stage: str) -> Path:
         """Where a stage keeps its adapter, checkpoints, metrics."""

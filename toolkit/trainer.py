@@ -1,6 +1,7 @@
 """What SFT and DPO share around TRL's trainers: their arguments, and running one to its end or to a signal."""
 
 import math
+import sys
 from typing import Any
 
 import torch
@@ -33,6 +34,9 @@ def arguments(config_class: Any, job: StageJob, **own: Any) -> Any:
         RunError: one process sees several GPUs.
     """
     settings = {key: value for key, value in job.plan.trainer.items() if key not in APPLIED_TO_ROWS}
+    settings.setdefault(
+        "run_name", f"{job.folder.parent.name}-{job.plan.name}"
+    )  # trackers sort stages of a run together
     if job.hardware.device == "cpu":
         settings["use_cpu"] = True  # TrainingArguments sets the process group up anew, and must find it there
         settings.setdefault("dataloader_pin_memory", False)
@@ -92,6 +96,7 @@ def fit(trainer: Any, job: StageJob, probe: bool = True) -> dict[str, float]:
         trainer.add_callback(Probe(trainer, job))
     trainer.job = job
     start = _resume_from(job)
+    others_run = _wandb_run()
     try:
         with storage(job.folder), explained(job), signals.noted() as note:
             stop = StopAtStep(note)
@@ -99,6 +104,8 @@ def fit(trainer: Any, job: StageJob, probe: bool = True) -> dict[str, float]:
             result = trainer.train(resume_from_checkpoint=start)
     finally:
         progress.close()
+        if others_run is None and _wandb_run() is not None:
+            sys.modules["wandb"].finish()
     if stop.agreed:
         raise signals.Stopped(stop.agreed, _kept(trainer, job))
     nonfinite.check_end(trainer, job)
@@ -120,6 +127,11 @@ def _resume_from(job: StageJob) -> str | None:
 def _kept(trainer: Any, job: StageJob) -> str:
     good, _ = checkpoints.newest(job.folder / checkpoints.FOLDER)
     return f"after step {trainer.state.global_step} of {job.plan.name}; " + (f"kept in {good}" if good else "none kept")
+
+
+def _wandb_run() -> Any:
+    """The open run of wandb, if there is one: transformers leaves it open, and the next stage would log into it."""
+    return getattr(sys.modules.get("wandb"), "run", None)
 
 
 def optimizer_steps(rows: int, plan: StagePlan, hardware: Hardware) -> int:
