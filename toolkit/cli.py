@@ -264,7 +264,14 @@ def _merge(args: argparse.Namespace) -> int:
     _quiet()
     from toolkit.merge import merge
 
-    merge(args.run_directory, stage=args.stage, dtype=args.dtype, output=args.output, verify=args.verify)
+    merge(
+        args.run_directory,
+        stage=args.stage,
+        dtype=args.dtype,
+        output=args.output,
+        verify=args.verify,
+        trust_remote_code=args.trust_remote_code,
+    )
     return 0
 
 
@@ -295,13 +302,21 @@ def _chat(args: argparse.Namespace) -> int:
     sampling = Sampling(
         args.greedy, args.temperature, args.top_p, args.top_k, max_new_tokens=args.max_new_tokens, seed=args.seed
     )
-    talk(args.run_directory, sampling, args.stage, compare=args.compare, system=args.system, as_json=args.json)
+    talk(
+        args.run_directory,
+        sampling,
+        args.stage,
+        compare=args.compare,
+        system=args.system,
+        as_json=args.json,
+        trust_remote_code=args.trust_remote_code,
+    )
     return 0
 
 
 def _add_evaluate(commands: Any) -> None:
     command = _command(commands, "evaluate", "measure the base and every finished stage of a run", _evaluate)
-    command.add_argument("run_directory", metavar="RUN", help="the run directory")
+    _takes_run(command)
     command.add_argument(
         "--stage", action="append", default=[], metavar="NAME", help="this stage only; may be repeated"
     )
@@ -311,10 +326,13 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    _check_run(args.run_directory)
     _quiet()
     from toolkit.run import evaluate_run
 
-    evaluate_run(args.run_directory, args.stage, args.data, args.limit, args.seed)
+    evaluate_run(
+        args.run_directory, args.stage, args.data, args.limit, args.seed, trust_remote_code=args.trust_remote_code
+    )
     return 0
 
 
@@ -330,8 +348,12 @@ def _command(commands: Any, name: str, text: str, run: Callable[[argparse.Namesp
 def _takes_recipe(command: argparse.ArgumentParser) -> None:
     command.add_argument("recipe", metavar="RECIPE", help="the YAML file")
     command.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="any value")
-    command.add_argument("--trust-remote-code", action="store_true", help="run the code of a base that has its own")
+    _takes_trust(command)
     command.add_argument("--allow-pickle", action="store_true", help="load base weights that are not safetensors")
+
+
+def _takes_trust(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--trust-remote-code", action="store_true", help="run the code of a base that has its own")
 
 
 def _takes_output(command: argparse.ArgumentParser) -> None:
@@ -340,6 +362,7 @@ def _takes_output(command: argparse.ArgumentParser) -> None:
 
 def _takes_run(command: argparse.ArgumentParser) -> None:
     command.add_argument("run_directory", metavar="RUN", help="a run directory, or a pulled adapter")
+    _takes_trust(command)
 
 
 def _check_run(path: str) -> None:

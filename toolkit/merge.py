@@ -59,6 +59,7 @@ def merge(
     *,
     verify: bool = True,
     shard: int = SHARD,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Write base + adapter as one plain model that transformers and vLLM load without PEFT.
 
@@ -68,6 +69,7 @@ def merge(
         dtype: `bfloat16`, `float16` or `float32`; by default the type that was trained on.
         output: a folder that is not there yet, or empty; by default `RUN/merged`, or `RUN/merged-STAGE`.
         verify: load the policy, then the merged model, and compare them on held-out rows of the run.
+        trust_remote_code: run the Python code of a base that has its own; a run may come from the Hub.
         shard: largest file, in bytes.
 
     Returns:
@@ -78,7 +80,7 @@ def merge(
         ModelError: an adapter that is not folded, a base without safetensors, or one that has changed.
         ProofError: an unquantized policy and its merged model differ by more than rounding; nothing is left behind.
     """
-    saved = load_run(run)
+    saved = load_run(run, trust_remote_code)
     name = saved.stage(stage)
     target = Path(output) if output is not None else saved.path / ("merged" if stage is None else f"merged-{name}")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

@@ -143,6 +143,8 @@ def evaluate_run(
     data: Sequence[str] = (),
     limit: int | None = None,
     seed: int | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Measure the base and the finished stages of a run, as `train` does, and write `evaluation.json`.
 
@@ -152,6 +154,7 @@ def evaluate_run(
         data: Held-out data sets in place of the recipe's.
         limit: At most this many rows of each.
         seed: In place of the recipe's, for what is drawn here: answers and intervals.
+        trust_remote_code: Run the Python code of a base that has its own; a run may come from the Hub.
 
     Returns:
         What stands in `evaluation.json` (see `toolkit.evaluate`); nothing on processes but the main one.
@@ -161,7 +164,7 @@ def evaluate_run(
         ToolkitError: as for `train`.
     """
     run = RunDirectory(Path(output))
-    recipe = run.recipe()
+    recipe = run.recipe(trust_remote_code)
     section = recipe.evaluate or Evaluate.model_validate({})
     if data:
         sources = [Source.model_validate({"path": _place(path)}) for path in data]

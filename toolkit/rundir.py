@@ -70,11 +70,14 @@ class RunDirectory:
             write_json(self.path / RESOLVED, {"identity": identity(recipe), **resolved})  # first: it says whose this is
             write_text(self.path / RECIPE, text)
 
-    def recipe(self) -> Recipe:
+    def recipe(self, trust_remote_code: bool = False) -> Recipe:
         """The recipe as it was run, overrides included.
 
+        Args:
+            trust_remote_code: Whoever asks trusts the code that comes with its base; a run may come from the Hub.
+
         Raises:
-            RunError: this is no run directory, or one of another version.
+            RunError: this is no run directory, or one of another version, or its base has code that is not trusted.
         """
         resolved = self._resolved()
         try:
@@ -82,6 +85,11 @@ class RunDirectory:
         except (KeyError, ValidationError):
             found = "was written by another version" if resolved else "is not a run directory"
             raise RunError(f"{self.path}: {found}; expected what `toolkit train` leaves behind") from None
+        if recipe.model.trust_remote_code and not trust_remote_code:
+            raise RunError(
+                f"{self.path}: its base {recipe.model.name_or_path} comes with Python code of its own; read that code, "
+                f"then allow it with --trust-remote-code"
+            )
         recipe._file = self.path / RECIPE
         return recipe
 

@@ -4,12 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from toolkit.adapter import CONFIG, WEIGHTS
 from toolkit.errors import RunError
 from toolkit.recipe import Recipe, Stage
-from toolkit.rundir import ADAPTER, RECIPE, RESOLVED, RunDirectory, read_json
+from toolkit.rundir import ADAPTER, RESOLVED, RunDirectory, read_json
 
 
 @dataclass(frozen=True)
@@ -41,11 +39,11 @@ class SavedRun:
         return next((stage for stage in self.recipe.stages if stage.name == name), self.recipe.stages[-1])
 
 
-def load_run(path: str | Path) -> SavedRun:
+def load_run(path: str | Path, trust_remote_code: bool = False) -> SavedRun:
     """Read a run directory, or a folder with `adapter/` and `resolved.json`.
 
     Raises:
-        RunError: there is no such folder, no record of a run in it, or no finished stage.
+        RunError: there is no such folder, no record of a run in it, no finished stage, or code that is not trusted.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -53,27 +51,19 @@ def load_run(path: str | Path) -> SavedRun:
     resolved = read_json(folder / RESOLVED)
     if resolved is None:
         raise RunError(f"{folder}: no {RESOLVED} in it; expected the output of toolkit train or toolkit pull")
-    recipe = _recipe(folder, resolved)
+    recipe = _pinned(RunDirectory(folder).recipe(trust_remote_code), resolved)
     adapters = _adapters(folder, recipe, str(resolved.get("delivered") or ADAPTER))
     if not adapters:
         raise RunError(f"{folder}: no stage is finished; run toolkit train again to resume")
     return SavedRun(folder, recipe, dict(resolved.get("base") or {}), adapters)
 
 
-def _recipe(folder: Path, resolved: dict[str, Any]) -> Recipe:
-    try:
-        recipe = Recipe.model_validate(resolved["recipe"])
-    except (KeyError, ValidationError) as error:
-        raise RunError(
-            f"{folder / RESOLVED}: not a record of this version ({type(error).__name__}); train the recipe again"
-        ) from None
+def _pinned(recipe: Recipe, resolved: dict[str, Any]) -> Recipe:
     recorded: dict[str, Any] = {"dtype": resolved.get("dtype", recipe.model.dtype)}
     commit = (resolved.get("base") or {}).get("commit")
     if commit not in (None, "None"):
         recorded["revision"] = commit
-    pinned = recipe.model_copy(update={"model": recipe.model.model_copy(update=recorded)})
-    pinned._file = folder / RECIPE
-    return pinned
+    return recipe.adjusted(model=recipe.model.model_copy(update=recorded))
 
 
 def _adapters(folder: Path, recipe: Recipe, delivered: str) -> dict[str, Path]:

@@ -200,6 +200,7 @@ def talk(
     compare: bool = False,
     system: str | None = None,
     as_json: bool = False,
+    trust_remote_code: bool = False,
 ) -> None:
     """Talk to `base`, a stage, or with `compare` to all of them.
 
@@ -210,7 +211,7 @@ def talk(
         ToolkitError: no such run or stage, or a flag that does not fit.
     """
     sampling.check()
-    saved = load_run(run)
+    saved = load_run(run, trust_remote_code)
     names = [BASE, *saved.adapters] if compare else [BASE if stage == BASE else saved.stage(stage)]
     on_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if as_json and on_terminal:
