@@ -1,6 +1,7 @@
 # make quickstart   install, then train base -> SFT -> DPO on two cores in about half a minute
 # make test         install, then run the whole test suite
 # make lint         install, then ruff and mypy
+# make stress       install, then kill a run at 30 random moments and compare the bits (about 9 minutes)
 # make bench        install, then the toolkit against plain TRL on this machine's CPU (about half an hour)
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,18 +11,21 @@ INSTALLED := $(VENV)/.installed
 # The models here are tiny: more threads gain little on an idle machine, and lose much on a busy one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test lint bench clean
+.PHONY: quickstart test lint stress bench clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/toolkit train recipes/quickstart/sft_dpo_lora.yaml
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
+
+stress: $(INSTALLED)
+	$(BIN)/python tests/stress.py
 
 bench: export OMP_NUM_THREADS = $(shell nproc)
 bench: $(INSTALLED)

@@ -1,14 +1,20 @@
 """Tiny real models, real tokenizers, real data; everything is built here and nothing is fetched."""
 
 import os
+import tempfile
+
+from tests.hub_server import ENDPOINT, StandInHub
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_ENDPOINT"] = ENDPOINT  # the client reads it once; nothing listens there but the stand-in Hub
+os.environ["HF_HUB_DISABLE_XET"] = "1"  # the stand-in speaks plain LFS
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-home-")  # neither the user's cache nor the user's token
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from threads, and lose much to a busy machine
 
 import json
-import tempfile
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +119,50 @@ def recipe(base: Path, tmp_path: Path) -> dict[str, Any]:
         ],
         "seed": 7,
     }
+
+
+@pytest.fixture(scope="session")
+def server() -> StandInHub:
+    """One for all tests: it has the one port that the client knows."""
+    return StandInHub()
+
+
+@pytest.fixture
+def hub(server: StandInHub, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
+    """An empty Hub, online, with a token that may write."""
+    server.clear()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_writer")
+    yield server
+
+
+def write_recipe(folder: Path, base: Path) -> Path:
+    """A recipe that extends another, on data beside it and a local base."""
+    trainer = {
+        "per_device_train_batch_size": 4,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+    }
+    write_jsonl(folder / "sft.jsonl", messages(8))
+    write_jsonl(folder / "dpo.jsonl", pairs(8))
+    shared = {"model": {"name_or_path": str(base), "dtype": "float32", "chat_template": "zephyr"}, "lora": {"r": 4}}
+    stages = [{"type": kind, "data": f"./{kind}.jsonl", "trainer": trainer} for kind in ("sft", "dpo")]
+    (folder / "shared.yaml").write_text(yaml.safe_dump(shared))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({"extends": "shared.yaml", "stages": stages}))
+    return folder / "recipe.yaml"
+
+
+@pytest.fixture(scope="session")
+def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of that recipe, for reading."""
+    from toolkit import train
+
+    folder = tmp_path_factory.mktemp("experiment")
+    return train(write_recipe(folder, base), output=folder / "run", overrides=("seed=3",)).output
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of it, for writing."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))

@@ -1,6 +1,6 @@
 """Bad input is answered with file, line, key and the way out, exit code 2, and nothing lost."""
 
-import shutil
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,7 @@ import pytest
 import toolkit
 from tests.conftest import messages, pairs, write_jsonl
 from toolkit.cli import main
-from toolkit.load import load_recipe
-from toolkit.prepare import attempt_key, prepare
-from toolkit.rundir import RunDirectory, write_json
-from toolkit.trainer import last_checkpoint
+from toolkit.rundir import storage
 
 GOOD = """\
 model:
@@ -120,26 +117,6 @@ def test_bad_input_leaves_earlier_results_alone(answer: Any, base: Path, tmp_pat
     assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk(answer: Any, base: Path, tmp_path: Path) -> None:
-    """Writing to /dev/full fails as writing to a full disk does."""
-    answer("lora:", "lorra:")
-    file, run = tmp_path / "recipe.yaml", RunDirectory(tmp_path / "run")
-    file.write_text(GOOD.format(base=base, folder=tmp_path))
-    toolkit.train(file, output=run.path, stage="sft")
-    sft = run.folder("sft")
-    (job, _) = prepare(load_recipe(file), run).jobs
-    (sft / "stage.json").unlink()  # as if it had been killed after its second step
-    write_json(sft / "started.json", {"key": attempt_key(job)})
-    shutil.rmtree(sft / "checkpoints" / "checkpoint-3")
-    (sft / "checkpoints" / "checkpoint-3").mkdir()
-    (sft / "checkpoints" / "checkpoint-3" / "optimizer.pt").symlink_to("/dev/full")
-    said = answer("dtype: float32", "dtype: float32", "--stage", "sft")
-    assert said.splitlines(keepends=True)[-1] == "error: run/sft: the disk is full; free some space or choose another --output, then run the same command to resume\n"  # fmt: skip
-    assert not (sft / "stage.json").exists()
-    assert last_checkpoint(sft / "checkpoints") == sft / "checkpoints" / "checkpoint-2"
-
-
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
@@ -154,3 +131,20 @@ def test_a_full_disk(answer: Any, base: Path, tmp_path: Path) -> None:
 )  # fmt: skip
 def test_a_bad_override(answer: Any, override: str, expected: str) -> None:
     assert expected in answer("r: 4", "r: 4", "--set", override)
+
+
+def test_too_many_open_files(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 20, hard))
+        with (
+            pytest.raises(toolkit.RunError, match=r"run: too many open files; raise `ulimit -n`"),
+            storage(tmp_path / "run"),
+        ):
+            while True:
+                opened.append((tmp_path / f"{len(opened)}").open("w"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for stream in opened:
+            stream.close()

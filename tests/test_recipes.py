@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 import toolkit
 from tests.conftest import messages, pairs, write_jsonl
@@ -10,7 +11,8 @@ from tests.tiny import CHATML, make_base
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
 ARCHITECTURE = {"Qwen2.5": "qwen2", "SmolLM2": "llama", "Llama": "llama", "Mistral": "mistral", "base": "llama"}
-SIZES = {"hidden_size": 64, "intermediate_size": 128}  # nf4 works on blocks of 64 values
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 324}  # nf4 works on blocks of 64 values
+TEMPLATES_TOKENS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 
 
 def test_the_recipes_are_found() -> None:
@@ -26,6 +28,9 @@ def test_a_recipe_has_a_header_and_runs_two_steps_of_every_stage(file: Path, tmp
     architecture = next(kind for start, kind in ARCHITECTURE.items() if name.startswith(start))
     has_template = recipe.model.chat_template is None
     base = make_base(tmp_path / name, architecture, chat_template=CHATML if has_template else None, **SIZES)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"additional_special_tokens": TEMPLATES_TOKENS}, replace_extra_special_tokens=False)
+    tokenizer.save_pretrained(base)
     overrides = [f"model.name_or_path={base}", "model.revision=null", "evaluate=null"]
     for stage in recipe.stages:
         whole = [{side: row["prompt"] + row[side] for side in ("chosen", "rejected")} for row in pairs(8)]

@@ -126,22 +126,6 @@ def test_a_killed_run_goes_on_to_the_same_bits(recipe: dict[str, Any], write: An
         assert steps[0] == steps[1]
 
 
-def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
-    from toolkit.trainer import last_checkpoint
-
-    files = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
-    for step in (2, 10, 4):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        for name in files:
-            (folder / name).write_text("{}")
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
-    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text('{"cut off')
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
-    (tmp_path / "checkpoint-4" / "optimizer.pt").unlink()
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
-
-
 def test_anothers_directory_is_left_alone(train: Any, recipe: dict[str, Any], write: Any, tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
@@ -187,22 +171,31 @@ def test_a_second_run_in_the_same_directory_is_refused(train: Any, tmp_path: Pat
     assert train().adapter is not None
 
 
-def test_ctrl_c_is_one_line_and_resumable(recipe: dict[str, Any], write: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_ends_the_run_with_a_checkpoint_and_the_command_that_resumes(
+    recipe: dict[str, Any], write: Any, tmp_path: Path, signum: signal.Signals, code: int
+) -> None:
     for stage in recipe["stages"]:
-        stage["trainer"] |= {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 2}
+        stage["trainer"] |= {"save_strategy": "steps", "save_steps": 100, "num_train_epochs": 2}
     file = write(recipe)
+    whole = toolkit.train(file, output=tmp_path / "whole").output
     listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - a job in the background ignores it
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command(file, tmp_path / "run"), preexec_fn=listen, **pipes)  # noqa: PLW1509
     assert process.stdout is not None and process.stderr is not None
     for printed in process.stdout:
-        if printed.strip().startswith("sft 4/"):
-            process.send_signal(signal.SIGINT)
+        if printed.strip().startswith("sft 3/"):
+            process.send_signal(signum)
             break
     process.stdout.read()
-    assert "interrupted; run the same command again to resume" in process.stderr.read()
-    assert process.wait() == 130
-    assert toolkit.train(file, output=tmp_path / "run").adapter is not None
+    said = process.stderr.read()
+    assert f"stopped by {signum.name} after step" in said
+    assert f"resume with:\n  python -m toolkit train {file} --output {tmp_path / 'run'}" in said
+    assert process.wait() == code
+    assert list((tmp_path / "run" / "sft" / "checkpoints").glob("checkpoint-[345]"))
+    toolkit.train(file, output=tmp_path / "run")
+    bits = [(run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (whole, tmp_path / "run")]
+    assert bits[0] == bits[1]
 
 
 def test_another_number_of_processes_does_not_resume(recipe: dict[str, Any], write: Any, tmp_path: Path) -> None:

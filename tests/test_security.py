@@ -1,5 +1,6 @@
 """Nothing that comes with a recipe, a model or a checkpoint runs code or tells secrets unless it is allowed to."""
 
+import json
 import os
 import pickle
 import shutil
@@ -39,6 +40,15 @@ def test_remote_code_is_asked_for_twice(
     assert "recipe.yaml:4: model.trust_remote_code: the recipe asks to run Python code that comes with the base" in said
     assert not (tmp_path / "run").exists()
     assert toolkit.load_recipe(file, trust_remote_code=True).model.trust_remote_code
+
+
+def test_a_run_whose_base_has_code_is_not_loaded_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = {"name_or_path": "someone/model", "trust_remote_code": True}
+    recipe = {"model": model, "stages": [{"type": "sft", "data": "rows.jsonl"}]}
+    (tmp_path / "resolved.json").write_text(json.dumps({"recipe": recipe}))
+    for command in ("evaluate", "merge", "chat"):
+        assert main([command, str(tmp_path)]) == 2
+        assert "someone/model comes with Python code of its own; read that code" in capsys.readouterr().err
 
 
 def test_a_base_of_pickles_is_loaded_by_flag_only(recipe: dict[str, Any], write: Any, tmp_path: Path) -> None:

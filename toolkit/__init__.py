@@ -8,7 +8,7 @@ from toolkit.load import load_recipe
 from toolkit.recipe import Recipe
 
 if TYPE_CHECKING:
-    from toolkit.run import RunResult, compute_reference, train
+    from toolkit.run import RunResult, compute_reference, evaluate_run, train
 
 # TRL and the Hub client report use unless told not to, and read this when they are imported.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -26,6 +26,7 @@ __all__ = [
     "RunResult",
     "ToolkitError",
     "compute_reference",
+    "evaluate_run",
     "load_recipe",
     "train",
 ]
@@ -33,7 +34,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """What brings torch and trl along is imported when it is first used."""
-    if name in ("train", "compute_reference", "RunResult"):
+    if name in ("train", "compute_reference", "evaluate_run", "RunResult"):
         from toolkit import run
 
         return getattr(run, name)

@@ -162,6 +162,35 @@ def check_matrices(adapter: Path) -> None:
             _is_a(key)
 
 
+def check_fits(adapter: Path, empty: PreTrainedModel, where: str) -> None:
+    """Refuse an adapter that was trained on a model of other shapes.
+
+    Args:
+        empty: The base's modules; their weights are not read.
+
+    Raises:
+        ModelError: naming the first matrix that does not fit.
+    """
+    modules = dict(empty.named_modules())
+    with safe_open(adapter / WEIGHTS, framework="pt") as weights:
+        for key in weights.keys():  # noqa: SIM118 - not a mapping
+            match = MATRIX.match(key)
+            if match is None:
+                continue
+            module, shape = modules.get(match["module"]), weights.get_slice(key).get_shape()
+            if module is None:
+                raise ModelError(f"{where}: the adapter is for another base: this one has no {match['module']}")
+            if not isinstance(module, torch.nn.Linear):
+                continue
+            found, expected = (shape[1], module.in_features) if _is_a(key) else (shape[0], module.out_features)
+            if found != expected:
+                side = "in" if _is_a(key) else "out"
+                raise ModelError(
+                    f"{where}: the adapter is for another base: {match['module']} has {expected} {side}puts here, "
+                    f"{found} there"
+                )
+
+
 def read_config(adapter: Path) -> dict[str, Any]:
     """`adapter_config.json` of a folder."""
     return dict(json.loads((adapter / CONFIG).read_text(encoding="utf-8")))

@@ -45,6 +45,15 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def differs_from_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer has another template or vocabulary than the one that comes with the base."""
+    if recipe.model.chat_template is None:
+        return False
+    plain = recipe.model_copy(update={"model": recipe.model.model_copy(update={"chat_template": None})})
+    own = load_tokenizer(plain)
+    return bool(own.chat_template != tokenizer.chat_template or own.get_vocab() != tokenizer.get_vocab())
+
+
 def assistant_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """A template that marks the assistant's tokens: the tokenizer's own, TRL's training version of it, or `None`."""
     template = tokenizer.chat_template or ""

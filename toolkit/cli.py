@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from toolkit import launch, processes
-from toolkit.errors import ToolkitError
+from toolkit import launch, processes, signals
+from toolkit.errors import RunError, ToolkitError
 from toolkit.wording import visible
 
 
@@ -22,26 +22,52 @@ def parser() -> argparse.ArgumentParser:
     _add_schema(commands)
     _add_check(commands)
     _add_preview(commands)
+    _add_push(commands)
+    _add_pull(commands)
+    _add_merge(commands)
+    _add_chat(commands)
+    _add_evaluate(commands)
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0 when it worked, 2 for bad input, 3 for a result that failed its proof."""
+    """Run a command; 0 when it worked, 2 for bad input, 3 for a result that failed its proof.
+
+    A signal that ended it: 75 for SIGTERM, 130 for SIGINT, with the command that resumes.
+    """
     args = parser().parse_args(argv)
     args.argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        return int(args.run(args))
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to resume from the last checkpoint", file=sys.stderr)
-        return 130
+        with signals.raised():
+            return int(args.run(args))
+    except signals.Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            again = signals.resume_command(None if argv is None else ["toolkit", *argv])
+            print(f"{stopped}\nresume with:\n  {again}", file=sys.stderr)
+        return stopped.exit_code
     except Exception as error:
+        answer = _answer_to(error)
         if processes.are_several():
-            processes.fail(error, getattr(error, "exit_code", 1))
-        if not isinstance(error, ToolkitError):
+            processes.fail(answer or error, answer.exit_code if answer else 1)
+        if answer is None:
             raise
-        text = visible(str(error))  # it may quote a data file
+        text = visible(str(answer))  # it may quote a data file
         print(f"error: {text}" if "\n" not in text else f"errors:\n{text}", file=sys.stderr)
-        return error.exit_code
+        return answer.exit_code
+
+
+def _answer_to(error: Exception) -> ToolkitError | None:
+    """An error that is said without a traceback; `None` for a bug."""
+    from toolkit.rundir import exhausted
+
+    if isinstance(error, ToolkitError):
+        return error
+    text = exhausted(error)  # wherever it strikes: the caches of the libraries are on disks too
+    return (
+        RunError(f"{error.filename}: {text}" if isinstance(error, OSError) and error.filename else text)
+        if text
+        else None
+    )
 
 
 # --- one pair of functions for each command: its flags, and what it does --------------------------------------------
@@ -151,6 +177,137 @@ def _preview(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_push(commands: Any) -> None:
+    command = _command(commands, "push", "push the adapter of a finished run to the Hub, and check what arrived", _push)
+    command.add_argument("run_directory", metavar="RUN", help="the run directory")
+    command.add_argument("--repo-id", metavar="OWNER/NAME", help="where to (default: the recipe's hub section)")
+    command.add_argument("--private", action="store_true", default=None, help="create a private repository")
+    command.add_argument("--stage", metavar="NAME", help="push this stage's adapter (default: the last one's)")
+    command.add_argument("--revision", metavar="BRANCH", help="push to this branch")
+    command.add_argument("--tag", metavar="NAME", help="tag the commit")
+    command.add_argument("--create-pr", action="store_true", default=None, help="open a pull request")
+    command.add_argument(
+        "--no-verify", dest="verify", action="store_false", default=None, help="do not fetch the adapter and compare it"
+    )
+
+
+def _push(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from toolkit.hub import push
+    from toolkit.portable import hub_section
+
+    names = ("repo_id", "private", "stage", "revision", "tag", "create_pr", "verify")
+    asked = {name: value for name in names if (value := getattr(args, name)) is not None}
+    run = Path(args.run_directory)
+    print(push(run, hub_section(run, asked)))
+    return 0
+
+
+def _add_pull(commands: Any) -> None:
+    command = _command(commands, "pull", "fetch an adapter from the Hub into a directory shaped like a run", _pull)
+    command.add_argument("repo", metavar="OWNER/NAME[@REVISION]", help="the repository")
+    command.add_argument("--output", metavar="DIR", help="where to (default: runs/NAME)")
+
+
+def _pull(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from toolkit.hub import pull
+
+    print(f"pulled: {pull(args.repo, Path(args.output) if args.output else None)}")
+    return 0
+
+
+def _add_merge(commands: Any) -> None:
+    text = "write base and adapter as one plain model for serving, and measure how close it is"
+    command = _command(commands, "merge", text, _merge)
+    _takes_run(command)
+    command.add_argument("--stage", metavar="NAME", help="whose adapter (default: the last stage's)")
+    types = ("bfloat16", "float16", "float32")
+    command.add_argument("--dtype", choices=types, help="type of the weights (default: the one that was trained on)")
+    command.add_argument("--output", metavar="DIR", help="a new folder (default: RUN/merged, or RUN/merged-STAGE)")
+    text = "do not load the two models to compare them; memory then stays near one file"
+    command.add_argument("--no-verify", dest="verify", action="store_false", help=text)
+
+
+def _merge(args: argparse.Namespace) -> int:
+    _check_run(args.run_directory)
+    _quiet()
+    from toolkit.merge import merge
+
+    merge(
+        args.run_directory,
+        stage=args.stage,
+        dtype=args.dtype,
+        output=args.output,
+        verify=args.verify,
+        trust_remote_code=args.trust_remote_code,
+    )
+    return 0
+
+
+def _add_chat(commands: Any) -> None:
+    text = "talk to the base or a stage; on a pipe, one prompt a line, each a conversation of its own"
+    command = _command(commands, "chat", text, _chat)
+    _takes_run(command)
+    who = command.add_mutually_exclusive_group()
+    who.add_argument("--stage", metavar="NAME", help="base, or a stage (default: the last one)")
+    who.add_argument("--compare", action="store_true", help="the base and every stage answer")
+    command.add_argument("--system", metavar="TEXT", help="the system prompt")
+    command.add_argument("--greedy", action="store_true", help="always the most likely token")
+    command.add_argument("--temperature", type=float, metavar="T", help="above 0 (default: 0.7)")
+    command.add_argument(
+        "--top-p", type=float, metavar="P", help="of the most likely tokens with this sum (default: 0.95)"
+    )
+    command.add_argument("--top-k", type=int, metavar="K", help="of the K most likely tokens (default: all)")
+    command.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="length of an answer")
+    command.add_argument("--seed", type=int, metavar="N", help="the same answers again")
+    command.add_argument("--json", action="store_true", help="on a pipe: one JSON object a line, prompt and answers")
+
+
+def _chat(args: argparse.Namespace) -> int:
+    _check_run(args.run_directory)
+    _quiet()
+    from toolkit.talk import Sampling, talk
+
+    sampling = Sampling(
+        args.greedy, args.temperature, args.top_p, args.top_k, max_new_tokens=args.max_new_tokens, seed=args.seed
+    )
+    talk(
+        args.run_directory,
+        sampling,
+        args.stage,
+        compare=args.compare,
+        system=args.system,
+        as_json=args.json,
+        trust_remote_code=args.trust_remote_code,
+    )
+    return 0
+
+
+def _add_evaluate(commands: Any) -> None:
+    command = _command(commands, "evaluate", "measure the base and every finished stage of a run", _evaluate)
+    _takes_run(command)
+    command.add_argument(
+        "--stage", action="append", default=[], metavar="NAME", help="this stage only; may be repeated"
+    )
+    command.add_argument("--data", action="append", default=[], metavar="PATH", help="held-out rows; may be repeated")
+    command.add_argument("--limit", type=_positive, metavar="N", help="at most so many rows of each data set")
+    command.add_argument("--seed", type=int, metavar="N", help="for sampled answers and intervals")
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    _check_run(args.run_directory)
+    _quiet()
+    from toolkit.run import evaluate_run
+
+    evaluate_run(
+        args.run_directory, args.stage, args.data, args.limit, args.seed, trust_remote_code=args.trust_remote_code
+    )
+    return 0
+
+
 # --- what commands share ---------------------------------------------------------------------------------------------
 
 
@@ -163,12 +320,31 @@ def _command(commands: Any, name: str, text: str, run: Callable[[argparse.Namesp
 def _takes_recipe(command: argparse.ArgumentParser) -> None:
     command.add_argument("recipe", metavar="RECIPE", help="the YAML file")
     command.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="any value")
-    command.add_argument("--trust-remote-code", action="store_true", help="run the code of a base that has its own")
+    _takes_trust(command)
     command.add_argument("--allow-pickle", action="store_true", help="load base weights that are not safetensors")
+
+
+def _takes_trust(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--trust-remote-code", action="store_true", help="run the code of a base that has its own")
 
 
 def _takes_output(command: argparse.ArgumentParser) -> None:
     command.add_argument("--output", metavar="DIR", help="run directory (default: runs/FOLDER-RECIPE)")
+
+
+def _takes_run(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run_directory", metavar="RUN", help="a run directory, or a pulled adapter")
+    _takes_trust(command)
+
+
+def _check_run(path: str) -> None:
+    """A typo is answered before torch is imported."""
+    from pathlib import Path
+
+    from toolkit.errors import RunError
+
+    if not Path(path).is_dir():
+        raise RunError(f"{path}: no such folder; expected the output of toolkit train or toolkit pull")
 
 
 def _recipe(args: argparse.Namespace) -> Any:
@@ -176,6 +352,13 @@ def _recipe(args: argparse.Namespace) -> Any:
     from toolkit.load import load_recipe
 
     return load_recipe(args.recipe, args.overrides, args.trust_remote_code, args.allow_pickle)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"found {text}, expected 1 or more")
+    return value
 
 
 def _quiet() -> None:

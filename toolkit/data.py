@@ -4,6 +4,7 @@ import csv
 import difflib
 import hashlib
 import random
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,10 +55,17 @@ class SourceRows:
     """Renamed and drawn, in the source's own columns."""
     numbers: Sequence[int]
     """For each row its number in the source, counted from 0."""
+    origin: dict[str, Any]
+    """`{"rows", "local"}`, and the `commit` of a Hub data set."""
     tokens: Dataset
     """Token ids, with `status` (kept, truncated, or why the row is dropped), `length` and `supervised` (tokens before
     the row is cut; of a pair, `length` is its longer sequence's) and `merged` (prompt tokens that the answer changes).
     """
+
+    def kept(self) -> list[int]:
+        """The numbers, in the source, of the rows that are trained on, in order."""
+        pairs = zip(self.numbers, self.tokens["status"], strict=True)
+        return [number for number, status in pairs if status in (KEPT, TRUNCATED)]
 
 
 @dataclass(frozen=True)
@@ -130,6 +138,17 @@ def load_numbered(source: Source, where: str, seed: int) -> tuple[Dataset, Seque
     return rows.select(numbers), numbers
 
 
+def tokenize(rows: Dataset, source: Source, plan: StagePlan, tokenizer: Any, where: str) -> Dataset:
+    """Rows of one source as the token ids that the stage would train on; rows it would drop are left out.
+
+    Raises:
+        DataError, ModelError: as for `prepare`.
+    """
+    shape = recognise(source, rows.column_names, plan.type, where)
+    ids = _map(rows, shape, plan, tokenizer, where, numbers=range(len(rows)))
+    return ids.filter(lambda s: s in (KEPT, TRUNCATED), input_columns="status").remove_columns(list(_TOLD))
+
+
 def content_digest(rows: Dataset) -> str:
     """SHA-256 over the token ids of every row, in order; independent of files, caches and machines."""
     sha = hashlib.sha256()
@@ -199,7 +218,7 @@ def _tokenized(
         if set(became) - {KEPT, TRUNCATED}:  # rows that are picked out are read more slowly ever after
             kept = tokens.filter(lambda s: s in (KEPT, TRUNCATED), input_columns="status")
         parts.append(kept.remove_columns(list(_TOLD)))
-        told.append(SourceRows(where, shape, rows, numbers, tokens))
+        told.append(SourceRows(where, shape, rows, numbers, _origin(source, rows), tokens))
     train = concatenate_datasets(parts)
     dropped = {reason: n for reason, n in status.items() if reason not in (KEPT, TRUNCATED)}
     if len(train) == 0:
@@ -207,6 +226,15 @@ def _tokenized(
         raise DataError(f"{recipe.where('stages', plan.index, key)}: no row is left to train on ({reasons})")
     tokens, supervised = _count_tokens(train, plan.type)
     return train, Counts(len(train), tokens, supervised, status[TRUNCATED], dropped), told
+
+
+def _origin(source: Source, rows: Dataset) -> dict[str, Any]:
+    """What was drawn from a source. `datasets` keeps a Hub data set in a cache folder named by its commit."""
+    found: dict[str, Any] = {"rows": len(rows), "local": Path(source.path).exists()}
+    folder = Path(rows.cache_files[0]["filename"]).parent.name if rows.cache_files else ""
+    if not found["local"] and re.fullmatch(r"[0-9a-f]{40}", folder):
+        found["commit"] = folder
+    return found
 
 
 def _map(rows: Dataset, shape: str, plan: StagePlan, tokenizer: Any, where: str, *, numbers: Sequence[int]) -> Dataset:

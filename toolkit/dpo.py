@@ -8,19 +8,23 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
-from toolkit import adapter, prefix, prefix_check, proof, reference, sharding, trainer
+from toolkit import adapter, prefix, prefix_check, proof, reference, sharding, trainer, watch
 from toolkit.chat import first_line
+from toolkit.checkpoints import WholeCheckpoints
 from toolkit.errors import ModelError
 from toolkit.grouping import LengthGrouped, pair_lengths
 from toolkit.job import StageJob
+from toolkit.nonfinite import FiniteSteps
 from toolkit.plan import StagePlan
 from toolkit.progress import say
 
 CHECKED_PAIRS = 2
 
 
-class PairTrainer(DPOTrainer):
+class PairTrainer(FiniteSteps, WholeCheckpoints, DPOTrainer):
     """TRL's trainer, given rows that are tokenized already, with pairs of like length in one batch.
+
+    Its checkpoints are whole or not there, and steps that are not finite are left out.
 
     `_prepare_dataset` is TRL's own and has no public counterpart: `SFTTrainer` accepts tokenized rows, `DPOTrainer` of
     TRL 1.16 does not. Remove when it does.
@@ -134,6 +138,32 @@ def take_reference(job: StageJob, built: PairTrainer) -> None:
     if built.eval_dataset is not None:
         built.eval_dataset = reference.with_reference(job, built, built.eval_dataset, "held-out")
     built.precompute_ref_logps = True  # what `precompute_ref_log_probs` sets, without TRL's own pass and its hash
+
+
+def watch_over(job: StageJob, built: PairTrainer) -> watch.Guards | None:
+    """Put the guards on the trainer; `None` where they are off and nothing is to be chosen.
+
+    Raises:
+        ModelError: `keep: best` on a sharded model, which cannot answer prompts in the middle of training.
+    """
+    watching = watch.Guards(job, built)
+    if job.plan.keep == "best" and not watching.generates:
+        raise ModelError(
+            f"{job.where('keep')}: best measures the KL on answers, which a sharded model cannot give here"
+        )
+    if watching.guard.action == "off" and job.plan.keep == "last":
+        return None
+    built.add_callback(watching)
+    return watching
+
+
+def outcome(watching: watch.Guards, built: PairTrainer) -> dict[str, Any]:
+    """For `stage.json`: `guards`, what was said; `stopped`, what ended training, or `None`; `kept`, which weights."""
+    found: dict[str, Any] = {"guards": watching.said, "stopped": watching.stopped}
+    if watching.job.plan.keep == "best":
+        found["kept"] = watching.kept(built.state)
+        say(f"  kept: {found['kept']['why']}")
+    return found
 
 
 def _groups(job: StageJob) -> bool:

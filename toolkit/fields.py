@@ -110,6 +110,27 @@ def schedule_arguments(scheduler: str) -> tuple[tuple[str, ...], tuple[str, ...]
     return tuple(n for n in names if n not in given), tuple(n for n in required if n not in given)
 
 
+@cache
+def field_defaults(class_name: str) -> dict[str, Any]:
+    """Field name -> default, for the fields whose default is written as a plain value, without importing the class."""
+    defaults: dict[str, Any] = {}
+    node = _class(class_name)
+    for base in node.bases:
+        if isinstance(base, ast.Name) and base.id in _SOURCES:
+            defaults |= field_defaults(base.id)
+    for statement in node.body:
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value:
+            name, value = statement.target.id, statement.value
+            if isinstance(value, ast.Call):
+                value = next((k.value for k in value.keywords if k.arg == "default"), value)
+            defaults.pop(name, None)
+            try:
+                defaults[name] = ast.literal_eval(value)
+            except ValueError:
+                continue
+    return defaults
+
+
 def problem_with(class_name: str, key: str, value: Any) -> str | None:
     """What is wrong with this key or value for the installed class, or `None`."""
     types = field_types(class_name)

@@ -41,7 +41,7 @@ def load_recipe(
         RecipeError: with every problem found, each with file, line and key.
     """
     file = Path(path)
-    data, lines = read(file, overrides)
+    data, lines, written = read(file, overrides)
     if other := what_it_is(data):
         raise RecipeError([Problem(str(file), "", other)])
     wrong: list[Any] = []
@@ -61,7 +61,7 @@ def load_recipe(
         problems = [*problems[:MAX_PROBLEMS], Problem(str(file), "", "and more; is this a recipe?")]
     if problems:
         raise RecipeError(problems)
-    recipe._file, recipe._lines, recipe._allow_pickle = file, lines, allow_pickle
+    recipe._file, recipe._lines, recipe._written, recipe._allow_pickle = file, lines, written, allow_pickle
     return recipe
 
 

@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from toolkit.recipe import Recipe, Stage
+from toolkit.recipe import Guard, Recipe, Stage
 
 Mode = Literal["fresh", "stack", "continue"]
 
@@ -27,6 +27,7 @@ TRAINER_DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 KEEPING_DEFAULTS: dict[str, Any] = {
+    "max_grad_norm": 1.0,
     "logging_steps": 10,
     "save_strategy": "steps",
     "save_steps": 0.1,  # of the run's steps
@@ -35,6 +36,12 @@ KEEPING_DEFAULTS: dict[str, Any] = {
     "ddp_find_unused_parameters": False,  # every LoRA matrix takes part in every step; looking for others costs time
 }
 EVAL_DEFAULTS: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 0.25}  # of the run's steps
+KEEP_BEST_DEFAULTS: dict[str, Any] = {  # transformers' own machinery; `watch.Guards` computes the metric
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "selection",
+    "greater_is_better": True,
+    "eval_steps": 0.1,
+}
 
 # Settings that change what is written down, never what is learned: changing one does not rerun a finished stage.
 WITHOUT_EFFECT_ON_WEIGHTS: tuple[str, ...] = (
@@ -77,6 +84,8 @@ class StagePlan:
     trainer: dict[str, Any]
     reference_from: Literal["cached", "online"] | None
     prefix_sharing: bool
+    guard: dict[str, Any] | None = None
+    keep: Literal["last", "best"] = "last"
 
     @property
     def max_length(self) -> int | None:
@@ -119,6 +128,9 @@ def stage_digest(plan: StagePlan, **depends_on: Any) -> str:
     if plan.trainer.get("load_best_model_at_end"):  # what is saved decides what can be best
         without_effect = tuple(prefix for prefix in without_effect if prefix != "save_")
     trainer = {k: v for k, v in plan.trainer.items() if not k.startswith(without_effect)}
+    watched = plan.guard or {}
+    if watched.get("action") == "stop" or plan.keep == "best":  # else guards only speak
+        depends_on["guard"] = watched
     return digest({"type": plan.type, "mode": plan.mode, "lora": plan.lora, "trainer": trainer, **depends_on})
 
 
@@ -144,7 +156,17 @@ def _stage_plan(recipe: Recipe, index: int, hardware: Hardware) -> StagePlan:
         trainer=_trainer(recipe, stage, hardware),
         reference_from=stage.reference if stage.type == "dpo" else None,
         prefix_sharing=stage.prefix_sharing and stage.type == "dpo",
+        guard=_guard(recipe, stage) if stage.type == "dpo" else None,
+        keep=stage.keep,
     )
+
+
+def _guard(recipe: Recipe, stage: Stage) -> dict[str, Any]:
+    over = (guard.model_dump(exclude_unset=True) for guard in (recipe.guard, stage.guard) if guard is not None)
+    asked: dict[str, Any] = {}
+    for settings in over:
+        asked |= settings
+    return Guard(**asked).model_dump()
 
 
 def _in_words(stage: Stage, start: str, mode: Mode) -> tuple[str, str]:
@@ -163,4 +185,8 @@ def _trainer(recipe: Recipe, stage: Stage, hardware: Hardware) -> dict[str, Any]
     if stage.eval_data:
         settings |= EVAL_DEFAULTS
         settings["per_device_eval_batch_size"] = asked.get("per_device_train_batch_size", 8)
+    if stage.keep == "best":  # every evaluation is a candidate, so every one is saved
+        settings |= KEEP_BEST_DEFAULTS
+        settings["save_strategy"] = asked.get("eval_strategy", settings.get("eval_strategy"))
+        settings["save_steps"] = asked.get("eval_steps", settings["eval_steps"])
     return settings | asked

@@ -5,17 +5,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from toolkit import adapter, chat, dpo, model, prefix_check, processes, sft, sharding
+from toolkit import adapter, chat, checkpoints, dpo, model, prefix_check, processes, sft, sharding
 from toolkit import data as data_module
 from toolkit.data import Counts
 from toolkit.errors import ModelError, RunError
 from toolkit.job import StageJob
 from toolkit.plan import Hardware, StagePlan, digest, model_dtype, quantization, stage_digest, stage_plans
+from toolkit.progress import say
+from toolkit.provenance import LIBRARIES
 from toolkit.recipe import Recipe
-from toolkit.rundir import RunDirectory
-from toolkit.trainer import last_checkpoint, optimizer_steps
-
-LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
+from toolkit.rundir import ADAPTER, RunDirectory
+from toolkit.trainer import optimizer_steps
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,12 @@ def state_of(job: StageJob, run: RunDirectory, rerun: set[str]) -> str:
     if job.plan.start in rerun:
         return "new"
     if record is not None and record["digest"] == job.digest:
+        if not run.adapter(name).is_dir():  # what was pulled holds records of stages whose adapters it does not hold
+            return "new"
         same_start = job.start is None or record["start_digest"] == _digest_or_none(job.start)
         return "finished" if same_start else "new"
-    resumable = run.started(name, attempt_key(job)) and last_checkpoint(job.folder / "checkpoints")
-    return "interrupted" if resumable else "new"
+    started = run.started(name, attempt_key(job))
+    return "interrupted" if started and checkpoints.newest(job.folder / checkpoints.FOLDER)[0] else "new"
 
 
 def attempt_key(job: StageJob) -> str:
@@ -77,10 +79,18 @@ def resolved(prepared: Prepared) -> dict[str, Any]:
         "base": prepared.base,
         "dtype": model_dtype(recipe, hardware),
         "quantization": quantization(recipe),
+        "written": recipe.written,
+        "own_tokenizer": chat.differs_from_base(recipe, prepared.tokenizer),
         "hardware": asdict(hardware),
         "versions": {name: version(name) for name in LIBRARIES},
         "stages": [_resolved_stage(job) for job in prepared.jobs],
     }
+
+
+def start_commit(job: StageJob) -> str | None:
+    """The commit of the Hub adapter that a stage starts from; the client's cache names its folders by it."""
+    cached = job.start is not None and job.start.parent.name == "snapshots"
+    return job.start.name if cached and job.start else None
 
 
 def _resolved_stage(job: StageJob) -> dict[str, Any]:
@@ -88,6 +98,8 @@ def _resolved_stage(job: StageJob) -> dict[str, Any]:
     return asdict(job.plan) | {
         "rows": asdict(job.data.counts),
         "eval_rows": asdict(eval_counts) if eval_counts else None,
+        "sources": [source.origin for source in job.data.sources],
+        "start_commit": start_commit(job),
         "steps": job.steps,
         "trainable_parameters": job.trainable,
         "digest": job.digest,
@@ -157,7 +169,7 @@ def _short_name(text: str) -> str:
 def _job(prepared: Prepared, plan: StagePlan, run: RunDirectory, empty: Any) -> StageJob:
     recipe, hardware = prepared.recipe, prepared.hardware
     parent = next((job for job in prepared.jobs if job.plan.name == plan.start), None)
-    start = run.adapter(plan.start) if parent else _external_adapter(recipe, plan)
+    start = run.adapter(plan.start) if parent else external_adapter(recipe, plan, empty)
     if plan.mode == "stack":
         _check_stack(prepared, plan, parent, start)
     trainable = _trainable(recipe, plan, empty, parent, start)
@@ -190,7 +202,15 @@ def _job(prepared: Prepared, plan: StagePlan, run: RunDirectory, empty: Any) -> 
     return job
 
 
-def _external_adapter(recipe: Recipe, plan: StagePlan) -> Path | None:
+def external_adapter(recipe: Recipe, plan: StagePlan, empty: Any) -> Path | None:
+    """The folder of the adapter that a stage starts from; `None` for the base.
+
+    Args:
+        empty: the base without its weights, which the adapter must fit.
+
+    Raises:
+        ModelError: there is none, or it does not fit.
+    """
     if plan.start == "base":
         return None
     where = recipe.where("stages", plan.index, "from")
@@ -199,14 +219,22 @@ def _external_adapter(recipe: Recipe, plan: StagePlan) -> Path | None:
         raise ModelError(f"{where}: no such folder: {folder}")
     if not folder.is_dir():
         folder = _from_hub(plan.start, where)
+    elif not (folder / adapter.CONFIG).is_file() and (folder / ADAPTER).is_dir():
+        folder = folder / ADAPTER  # a run directory
     missing = [name for name in (adapter.CONFIG, adapter.WEIGHTS) if not (folder / name).is_file()]
     if missing:
         raise ModelError(f"{where}: {plan.start} is not an adapter: no {' and no '.join(missing)}")
-    adapter.check_initialisation(adapter.read_config(folder), where)
+    config = adapter.read_config(folder)
+    adapter.check_initialisation(config, where)
+    adapter.check_fits(folder, empty, where)
+    named = str(config.get("base_model_name_or_path") or "")
+    if named and Path(named).name != Path(recipe.model.name_or_path).name:
+        say(f"warning: {where}: the adapter names {named} as its base; its shapes fit, but is this the same model?")
     return folder
 
 
 def _from_hub(name: str, where: str) -> Path:
+    """The files of an adapter in the client's cache, whose folder is named by the commit that they resolved to."""
     from huggingface_hub import snapshot_download
 
     repo_id, _, revision = name.partition("@")

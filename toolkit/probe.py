@@ -7,7 +7,6 @@ depends on is changed. Out of memory at any later moment is said in the same wor
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from transformers import TrainerCallback
 
 from toolkit import estimate, longest, model, relief
 from toolkit.chat import first_line
+from toolkit.checkpoints import FOLDER, newest
 from toolkit.errors import RunError
 from toolkit.job import StageJob
 from toolkit.plan import quantization
@@ -69,11 +69,8 @@ def probe(trainer: Any, job: StageJob, wrapped: Any = None) -> int:
 
 
 @contextmanager
-def explained(job: StageJob, checkpoints: Path) -> Iterator[None]:
-    """Say out of memory as a `RunError`; other errors pass through.
-
-    Args:
-        checkpoints: where the stage's checkpoints lie; the last one is named.
+def explained(job: StageJob) -> Iterator[None]:
+    """Say out of memory as a `RunError`, with the stage's last good checkpoint; other errors pass through.
 
     Raises:
         RunError: the itemised estimate, and the three settings that would help most.
@@ -81,10 +78,8 @@ def explained(job: StageJob, checkpoints: Path) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        kept = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]))
-        when = (
-            f"while training; the last checkpoint is {kept[-1].name}" if kept else "while training, no checkpoint yet"
-        )
+        kept, _ = newest(job.folder / FOLDER)
+        when = f"while training; the last checkpoint is {kept.name}" if kept else "while training, no checkpoint yet"
         raise RunError(explanation(job, error, when)) from error
 
 

@@ -10,6 +10,9 @@ from typing import Any
 from accelerate import PartialState
 from transformers import TrainerCallback
 
+from toolkit.rundir import write_text
+
+CLOSING = "train_runtime"  # in the last line that a trainer logs, also when a signal ends it
 SHOWN = {
     "loss": "loss",
     "eval_loss": "eval loss",
@@ -17,6 +20,7 @@ SHOWN = {
     "rewards/accuracies": "accuracy",
     "eval_rewards/margins": "eval margin",
     "eval_rewards/accuracies": "eval accuracy",
+    "eval_guard/kl": "KL",
     "mean_token_accuracy": "token accuracy",
 }
 
@@ -31,8 +35,9 @@ class Metrics(TrainerCallback):
         """Start the file, or on resuming keep the lines up to the checkpoint: later ones are trained again."""
         if not state.is_world_process_zero:
             return
-        kept = [line for line in read_metrics(self.file) if line["step"] <= state.global_step]
-        self.file.write_text("".join(json.dumps(line) + "\n" for line in kept if state.global_step), encoding="utf-8")
+        lines = read_metrics(self.file) if state.global_step else []
+        kept = [line for line in lines if line["step"] <= state.global_step and CLOSING not in line]
+        write_text(self.file, "".join(json.dumps(line) + "\n" for line in kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if not state.is_world_process_zero or not logs:
@@ -70,7 +75,7 @@ class Progress(TrainerCallback):
             self.bar.update(self.task, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+        if not state.is_world_process_zero or not logs or CLOSING in logs:
             return
         shown = {name: f"{logs[key]:.4g}" for key, name in SHOWN.items() if isinstance(logs.get(key), float)}
         if "num_tokens" in logs and "loss" in logs:

@@ -75,6 +75,39 @@ class Source(Strict):
 Sources = Annotated[list[Source], BeforeValidator(_as_list, json_schema_input_type=str | Source | list[str | Source])]
 
 
+def _as_action(value: Any) -> Any:
+    """`guard: stop` is short for `guard: {action: stop}`; YAML reads a bare `off` as false."""
+    return {"action": "off" if value is False else value} if value is False or isinstance(value, str) else value
+
+
+class Guard(Strict):
+    """What is watched during DPO, and the bounds beyond which it is said. Bounds have no effect on training."""
+
+    action: Literal["warn", "stop", "off"] = "warn"
+    """`stop` ends the stage's training at the first bound that is passed."""
+    chosen_drop: float = Field(0.5, gt=0)
+    """Fall of the chosen answers' log-probability below the reference's, in nats per token."""
+    kl: float = Field(0.5, gt=0)
+    """KL to the reference on the policy's own samples, in nats per token; also the bound of `keep: best`."""
+    length: float = Field(2.0, gt=1)
+    """Length of answers, in lengths of the reference's own or of the chosen ones, whichever are longer."""
+    repetition: float = Field(0.2, gt=0, le=1)
+    """Rise of the share of repeated 4-grams over the reference's."""
+    stopped: float = Field(0.25, gt=0, le=1)
+    """Fall of the share of answers that end by themselves below the reference's."""
+    margin: float = Field(5.0, gt=0)
+    """Reward margin beyond which an accuracy of 1.0 leaves nothing to learn."""
+    flat: float = Field(0.005, gt=0)
+    """Distance from ln 2 within which the loss counts as flat, from half of the steps on."""
+    prompts: int = Field(8, ge=1)
+    """How many held-out prompts are answered at each evaluation: once greedily, once sampled."""
+    max_new_tokens: int = Field(128, ge=1)
+    """Length of those answers, in tokens."""
+
+
+Guarded = Annotated[Guard | None, BeforeValidator(_as_action)]
+
+
 class Stage(Strict):
     """One training stage: TRL's SFTTrainer or DPOTrainer on one adapter."""
 
@@ -93,8 +126,14 @@ class Stage(Strict):
     """Fields of `trl.SFTConfig` or `trl.DPOConfig`."""
     reference: Literal["cached", "online"] = "cached"
     """DPO: reference log-probs in one pass before training, kept for later runs; or on every step."""
+    stop_after_nonfinite: int = Field(3, ge=1)
+    """The stage stops at so many steps in a row whose loss or gradient is NaN or infinite; none of them is applied."""
     prefix_sharing: bool = True
     """DPO: run each prompt once for its pair, wherever that is exact."""
+    guard: Guarded = None
+    """DPO: over the recipe's own `guard`, key by key."""
+    keep: Literal["last", "best"] = "last"
+    """DPO: the weights after the last step, or of the checkpoint that does best on `eval_data` within the KL bound."""
 
     @model_validator(mode="before")
     @classmethod
@@ -107,13 +146,25 @@ class Score(Strict):
 
     column: str | None = None
     """The answer contains the text in this column of the row."""
+    exact: str | None = None
+    """The answer is the text in this column of the row, apart from the space around both."""
     regex: str | None = None
     """The answer matches this regular expression."""
 
+    @property
+    def needs(self) -> str | None:
+        """The column it reads."""
+        return self.column or self.exact
+
+    @property
+    def rule(self) -> tuple[str, str]:
+        """Which of the three it is, and its value."""
+        return next((how, what) for how in ("column", "exact", "regex") if (what := getattr(self, how)) is not None)
+
     @model_validator(mode="after")
     def _exactly_one(self) -> "Score":
-        if (self.column is None) == (self.regex is None):
-            raise ValueError("give either column or regex")
+        if [self.column, self.exact, self.regex].count(None) != 2:
+            raise ValueError("give one of column, exact and regex")
         try:
             re.compile(self.regex or "")
         except re.error as error:
@@ -122,24 +173,45 @@ class Score(Strict):
 
 
 class Evaluate(Strict):
-    """Greedy answers of base and every stage to held-out prompts, after the last stage."""
+    """What is measured on held-out rows, for the base and for each stage when it finishes."""
 
-    data: Sources = Field(min_length=1)
-    """Rows with `prompt` (text or messages), and the columns that `scores` name."""
+    data: Sources = []
+    """Rows with `prompt`, which are answered; with an answer as well (`completion`, `messages`, `output`), whose
+    perplexity is measured; with `chosen` and `rejected`, which are compared. What the rows lack is taken from the
+    stages' `eval_data`."""
     scores: dict[str, Score] = {}
-    """Column title -> how it is counted."""
+    """Column title -> how it is counted, on greedy answers."""
     max_new_tokens: int = Field(128, ge=1)
     """Length of an answer, in tokens."""
     batch_size: int = Field(32, ge=1)
     samples: int = Field(3, ge=0)
     """How many prompts are printed with the answers below them."""
+    lm_eval: list[str] = []
+    """Tasks of EleutherAI's lm-evaluation-harness; it must be installed."""
 
 
 class Hub(Strict):
-    """Where the adapter is pushed once training has ended and the adapter is verified."""
+    """Where the adapter is pushed once training has ended and the adapter is verified; the flags of `toolkit push`."""
 
     repo_id: str = Field(pattern=r"^[\w.-]+/[\w.-]+$")
     private: bool = False
+    """Create the repository as a private one; refuse one that exists and is public."""
+    stage: str | None = None
+    """Push the adapter of this stage; by default the last one's."""
+    revision: str | None = Field(None, pattern=r"^[\w./-]+$")
+    """Branch to push to; created where it is not there. Default: `main`."""
+    tag: str | None = Field(None, pattern=r"^[\w./-]+$")
+    """Git tag for the commit."""
+    create_pr: bool = False
+    """Open a pull request in place of a commit; pushed again, the same one is brought up to date."""
+    verify: bool = True
+    """Fetch the adapter after the push, past the cache, and compare it with what was sent."""
+
+    @model_validator(mode="after")
+    def _no_pull_request_elsewhere(self) -> "Hub":
+        if self.create_pr and (self.revision or self.tag):
+            raise ValueError("create_pr opens a pull request to main; remove revision and tag")
+        return self
 
 
 class Recipe(Strict):
@@ -152,11 +224,14 @@ class Recipe(Strict):
     """Fields of `peft.LoraConfig`."""
     stages: list[Stage] = Field(min_length=1)
     evaluate: Evaluate | None = None
+    guard: Guarded = None
+    """What is watched in DPO stages, and the bounds; on by default, as warnings."""
     hub: Hub | None = None
     seed: int = Field(42, ge=0)
 
     _file: Path = PrivateAttr(default=Path("recipe.yaml"))
     _lines: dict[Location, str] = PrivateAttr(default_factory=dict)
+    _written: dict[str, str] = PrivateAttr(default_factory=dict)
     _allow_pickle: bool = PrivateAttr(default=False)
 
     @property
@@ -168,6 +243,18 @@ class Recipe(Strict):
     def file(self) -> Path:
         """The recipe file it was loaded from."""
         return self._file
+
+    @property
+    def written(self) -> dict[str, str]:
+        """Absolute path -> `./path` or `../path` as it stands in the recipe file."""
+        return self._written
+
+    def adjusted(self, **changes: Any) -> "Recipe":
+        """The same recipe, from the same file, with other values under these keys."""
+        changed = self.model_copy(update=changes)
+        changed._file, changed._lines, changed._written = self._file, self._lines, self._written
+        changed._allow_pickle = self._allow_pickle
+        return changed
 
     def where(self, *location: str | int) -> str:
         """`file:line: dotted.key` of a location such as `("stages", 0, "data", 0, "path")`, for error messages."""

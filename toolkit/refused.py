@@ -11,6 +11,8 @@ OWNED_BY_TOOLKIT = {
     "output_dir": "use --output",
     "overwrite_output_dir": "use --fresh",
     "resume_from_checkpoint": "an interrupted stage resumes by itself",
+    "save_only_model": "an interrupted stage resumes with its optimizer's states too",
+    "enable_jit_checkpoint": "the toolkit writes a checkpoint on SIGTERM and SIGINT by itself",
     "seed": "set seed at the top of the recipe",
     "model_init_kwargs": "use the recipe's model section",
     "trust_remote_code": "set model.trust_remote_code",

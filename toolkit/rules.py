@@ -34,6 +34,10 @@ def problems_in(data: dict[str, Any], lines: dict[Location, str]) -> Iterable[Pr
         yield from lora_problems(_mapping(stage.get("lora")), say, "stages", i, "lora")
         earlier.append(_name(stage))
     yield from _adapters(data, stages, say)
+    pushed = _mapping(data.get("hub")).get("stage")
+    if isinstance(pushed, str) and pushed not in earlier:
+        text = f"no stage is named {pushed!r}; found {', '.join(earlier)}{did_you_mean(pushed, earlier)}"
+        yield say(text, "hub", "stage")
 
 
 def _quantization(quantization: dict[str, Any], say: Say) -> Iterable[Problem]:
@@ -69,9 +73,14 @@ def _start(stage: dict[str, Any], earlier: list[str], say: Say, *at: str | int) 
         text = f"no earlier stage is named {start!r}; found {found}; or give an adapter's path, as in ./adapter"
         yield say(text + did_you_mean(start, known), *at, "from")
     if stage.get("type") == "sft":
-        for key in ("reference", "prefix_sharing"):
+        for key in ("reference", "prefix_sharing", "guard", "keep"):
             if key in stage:
                 yield say("is for dpo stages; sft has no reference and no pairs", *at, key)
+    if stage.get("keep") == "best" and not stage.get("eval_data"):
+        yield say("the best checkpoint is found on held-out pairs; give the stage eval_data", *at, "keep")
+    for key in ("load_best_model_at_end", "metric_for_best_model", "greater_is_better"):
+        if key in _mapping(stage.get("trainer")) and stage.get("keep") == "best":
+            yield say("keep: best decides which checkpoint is kept; remove one of the two", *at, "trainer", key)
     if stage.get("adapter") == "continue":
         if start == "base" or (start is None and not earlier):
             yield say("there is no adapter to continue: the stage starts from the base", *at, "adapter")

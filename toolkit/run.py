@@ -2,23 +2,50 @@
 
 import shutil
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from toolkit import adapter, check, dpo, evaluate, hub, model, processes, proof, sft, sharding, trainer
-from toolkit.chat import first_line
+from toolkit import (
+    adapter,
+    card,
+    check,
+    dpo,
+    evaluate,
+    hub,
+    model,
+    processes,
+    proof,
+    provenance,
+    sft,
+    sharding,
+    trainer,
+)
+from toolkit.chat import first_line, load_tokenizer
 from toolkit.errors import ModelError, ProofError, RunError
 from toolkit.job import StageJob
 from toolkit.load import load_recipe
-from toolkit.prepare import Prepared, attempt_key, check_parents, plan_text, prepare, resolved, state_of
+from toolkit.plan import stage_plans
+from toolkit.prepare import (
+    Prepared,
+    attempt_key,
+    check_parents,
+    external_adapter,
+    plan_text,
+    prepare,
+    resolved,
+    start_commit,
+    state_of,
+)
 from toolkit.progress import say
-from toolkit.recipe import Recipe
+from toolkit.recipe import Evaluate, Recipe, Source
 from toolkit.rundir import EVALUATION, RunDirectory, default_output, storage, write_json
 
 
@@ -32,6 +59,8 @@ class RunResult:
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Stage name -> its `stage.json`."""
     evaluation: dict[str, Any] | None = None
+    pushed: str | None = None
+    """Address of the commit on the Hub, where the recipe has a `hub` section."""
 
 
 def train(
@@ -56,20 +85,19 @@ def train(
     Raises:
         ToolkitError: bad input, or a result that failed its proof.
     """
-    prepared, run = _prepared(recipe, output, overrides)
-    recipe = prepared.recipe
-    states = _states(prepared, run, stage, fresh)
-    check_parents(prepared, states, stage)
-    if recipe.evaluate is not None:
-        evaluate.held_out_rows(recipe, prepared.tokenizer)  # better now than after hours
-    asked = [job for job in prepared.jobs if states[job.plan.name] != "finished" and stage in (None, job.plan.name)]
-    check.stop_on_errors(prepared, asked, run.path)
-    say(plan_text(prepared, states) + "\n")
-    with _alone(run):
+    with _claimed(recipe, output, overrides) as (asked, run):
+        prepared = prepare(asked, run)
+        states = _states(prepared, run, stage, fresh)
+        check_parents(prepared, states, stage)
+        if asked.evaluate is not None:
+            evaluate.check(asked, prepared.hardware, prepared.tokenizer)  # better now than after hours
+        jobs = [job for job in prepared.jobs if states[job.plan.name] != "finished" and stage in (None, job.plan.name)]
+        check.stop_on_errors(prepared, jobs, run.path)
+        say(plan_text(prepared, states) + "\n")
         _record(prepared, run)
-        for job in prepared.jobs:
-            if states[job.plan.name] != "finished" and stage in (None, job.plan.name):
-                _run_stage(job, run, resume=states[job.plan.name] == "interrupted", probe=probe)
+        for job in jobs:
+            _run_stage(job, run, resume=states[job.plan.name] == "interrupted", probe=probe)
+            _evaluate(prepared, run, [job])
         return _deliver(prepared, run)
 
 
@@ -90,14 +118,14 @@ def compute_reference(
         RunError: a stage starts from one that is not finished.
         ToolkitError: as for `train`.
     """
-    prepared, run = _prepared(recipe, output, overrides)
-    if sharding.is_sharded():
-        raise RunError("the reference cache is filled by whole models; launch this step with ddp or single_gpu")
-    states = _states(prepared, run, None, False)
-    jobs = [job for job in prepared.jobs if job.plan.reference_from == "cached"]
-    for job in jobs:
-        check_parents(prepared, states, job.plan.name)
-    with _alone(run):
+    with _claimed(recipe, output, overrides) as (asked, run):
+        if sharding.is_sharded():
+            raise RunError("the reference cache is filled by whole models; launch this step with ddp or single_gpu")
+        prepared = prepare(asked, run)
+        states = _states(prepared, run, None, False)
+        jobs = [job for job in prepared.jobs if job.plan.reference_from == "cached"]
+        for job in jobs:
+            check_parents(prepared, states, job.plan.name)
         _record(prepared, run)
         for job in jobs:
             say(f"{job.plan.name}: reference, {job.plan.reference}")
@@ -109,18 +137,90 @@ def compute_reference(
     return [job.plan.name for job in jobs]
 
 
-def _prepared(
+def evaluate_run(
+    output: str | Path,
+    stages: Sequence[str] = (),
+    data: Sequence[str] = (),
+    limit: int | None = None,
+    seed: int | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Measure the base and the finished stages of a run, as `train` does, and write `evaluation.json`.
+
+    Args:
+        output: The run directory.
+        stages: These stages only; by default every finished one.
+        data: Held-out data sets in place of the recipe's.
+        limit: At most this many rows of each.
+        seed: In place of the recipe's, for what is drawn here: answers and intervals.
+        trust_remote_code: Run the Python code of a base that has its own; a run may come from the Hub.
+
+    Returns:
+        What stands in `evaluation.json` (see `toolkit.evaluate`); nothing on processes but the main one.
+
+    Raises:
+        RunError: it is no run directory, or nothing in it is finished.
+        ToolkitError: as for `train`.
+    """
+    run = RunDirectory(Path(output))
+    recipe = run.recipe(trust_remote_code)
+    section = recipe.evaluate or Evaluate.model_validate({})
+    if data:
+        sources = [Source.model_validate({"path": _place(path)}) for path in data]
+        section = section.model_copy(update={"data": sources})
+    recipe = recipe.adjusted(evaluate=section, **({} if seed is None else {"seed": seed}))
+    finished = [stage.name for stage in recipe.stages if run.finished(stage.name)]
+    if unknown := [name for name in stages if name not in finished] or not finished:
+        asked = ", ".join(unknown) if isinstance(unknown, list) else "every stage"
+        raise RunError(f"{run.path}: {asked}: not finished here; finished: {', '.join(finished) or 'none'}")
+    hardware, tokenizer = model.detect_hardware(), load_tokenizer(recipe)
+    if not PartialState().is_main_process:
+        return {}  # one process measures
+    empty = model.empty_base(recipe)
+    starts = {
+        plan.name: run.adapter(plan.start) if plan.start in finished else external_adapter(recipe, plan, empty)
+        for plan in stage_plans(recipe, hardware)
+        if plan.name in (stages or finished)
+    }
+    with run.held():
+        contenders = evaluate.contenders_of(recipe, run, starts)
+        found = evaluate.evaluate(recipe, hardware, tokenizer, run, contenders, limit=limit)
+        write_json(run.path / EVALUATION, found)
+    say(evaluate.table(found))
+    return found
+
+
+def _place(path: str) -> str:
+    return str(Path(path).resolve()) if Path(path).exists() else path
+
+
+@contextmanager
+def _claimed(
     recipe: Recipe | str | Path, output: str | Path | None, overrides: tuple[str, ...]
-) -> tuple[Prepared, RunDirectory]:
+) -> Iterator[tuple[Recipe, RunDirectory]]:
+    """The recipe, and its run directory held against other runs, before anything slow.
+
+    Raises:
+        RunError: on every process, also where only the main one finds the directory held.
+    """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)
     run = RunDirectory(Path(output) if output is not None else default_output(recipe))
-    run.claim(recipe)
-    return prepare(recipe, run), run
-
-
-def _alone(run: RunDirectory) -> AbstractContextManager[None]:
-    return run.held() if PartialState().is_main_process else nullcontext()
+    model.detect_hardware()  # sets up the process group, by which the processes speak to each other
+    refused: list[RunError | None] = [None]
+    with ExitStack() as stack:
+        if PartialState().is_main_process:
+            try:
+                run.claim(recipe)
+                stack.enter_context(run.held())
+                run.claim(recipe)  # another run may have begun and ended since
+            except RunError as error:
+                refused = [error]
+        broadcast_object_list(refused, from_process=0)
+        if refused[0] is not None:
+            raise refused[0]
+        yield recipe, run
 
 
 def _record(prepared: Prepared, run: RunDirectory) -> None:
@@ -161,9 +261,12 @@ def _run_stage(job: StageJob, run: RunDirectory, resume: bool, probe: bool) -> N
 
 def _train_stage(job: StageJob, run: RunDirectory, resume: bool, probe: bool) -> tuple[Path, dict[str, Any]]:
     plan, state = job.plan, PartialState()
+    provenance.reset_peak_memory()
     record: dict[str, Any] = {"name": plan.name, "type": plan.type, "digest": job.digest, "start": plan.start}
     record |= {"policy": plan.policy, "reference": plan.reference, "steps": job.steps}
     record["start_digest"] = adapter.adapter_digest(job.start) if job.start else None
+    record["start_commit"] = start_commit(job)
+    record["provenance"] = provenance.provenance(job.recipe.file, job.hardware.processes)
     start = _start_logps(job) if plan.type == "dpo" else None
     built = _build(job, model.load_base(job.recipe, job.hardware, to_shard=True))
     if start is not None:
@@ -179,7 +282,11 @@ def _train_stage(job: StageJob, run: RunDirectory, resume: bool, probe: bool) ->
     if state.is_main_process:
         run.begin(plan.name, attempt_key(job), resume)
     state.wait_for_everyone()
+    watching = dpo.watch_over(job, built) if plan.type == "dpo" else None
     record["metrics"] = trainer.fit(built, job, probe)
+    record["peak_memory"] = provenance.peak_memory()
+    if watching is not None:
+        record |= dpo.outcome(watching, built)
     record["trainer_args"] = built.args.to_dict()
     partial = job.folder / "adapter.partial"
     if sharding.is_sharded() or state.is_main_process:  # every process holds a part of a sharded model
@@ -255,25 +362,38 @@ def _verify(job: StageJob, folder: Path, policy_logps: Any) -> float:
     return difference
 
 
+def _evaluate(prepared: Prepared, run: RunDirectory, jobs: list[StageJob]) -> Any:
+    """Measure base and stages, once each: what is stored and still holds is read."""
+    recipe, evaluation = prepared.recipe, None
+    if recipe.evaluate is not None and PartialState().is_main_process:
+        contenders = evaluate.contenders_of(recipe, run, {job.plan.name: job.start for job in jobs})
+        evaluation = evaluate.evaluate(recipe, prepared.hardware, prepared.tokenizer, run, contenders)
+        trainer.release()
+    return evaluation
+
+
 def _deliver(prepared: Prepared, run: RunDirectory) -> RunResult:
     states = _states(prepared, run, None, False)  # with --stage, a stage after it may have become stale
     records = {name: run.finished(name) for name, state in states.items() if state == "finished"}
     done = {name: record for name, record in records.items() if record is not None}
     if len(done) < len(states):
         return RunResult(run.path, None, done)
-    evaluation = None
+    evaluation, target = None, run.path / "adapter"
     if PartialState().is_main_process:
-        target = run.deliver(prepared.jobs[-1].plan.name)
+        run.deliver(prepared.jobs[-1].plan.name)
         say(f"adapter: {target}")
         if prepared.recipe.evaluate is not None:
-            adapters = {job.plan.name: run.adapter(job.plan.name) for job in prepared.jobs}
-            evaluation = evaluate.evaluate(prepared.recipe, prepared.hardware, prepared.tokenizer, adapters)
+            evaluation = _evaluate(prepared, run, prepared.jobs)
             write_json(run.path / EVALUATION, evaluation)
             say("\n" + evaluate.table(evaluation))
-        if prepared.recipe.hub is not None:
-            say(f"\npushed: {hub.push(prepared.recipe, run.path)}")
+        with storage(run.path):
+            card.write(run.path)
     PartialState().wait_for_everyone()
-    return RunResult(run.path, run.path / "adapter", done, evaluation)
+    pushed = None
+    if PartialState().is_main_process and prepared.recipe.hub is not None:  # the others need not wait for the Hub
+        pushed = hub.push(run.path, prepared.recipe.hub)
+        say(f"\n{pushed}")
+    return RunResult(run.path, target, done, evaluation, pushed.url if pushed else None)
 
 
 def _base_name(recipe: Recipe) -> str:

@@ -1,23 +1,25 @@
 """The run directory: whose it is, which stages are finished, and writes that are whole or not there."""
 
 import errno
-import fcntl
 import json
 import os
 import shutil
-import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
+from toolkit import lock
 from toolkit.errors import RunError
 from toolkit.recipe import Recipe
 
 RESOLVED, RECIPE, EVALUATION, LOCK = "resolved.json", "recipe.yaml", "evaluation.json", ".lock"
-STAGE, STARTED, ADAPTER = "stage.json", "started.json", "adapter"
+CARD, METRICS, REPORT, PICTURES = "README.md", "metrics.jsonl", "report.html", "report"
+STAGE, STARTED, ADAPTER, PARTIAL = "stage.json", "started.json", "adapter", ".partial"
+TORN = ("PytorchStreamWriter", "inline_container")
 
 
 class RunDirectory:
@@ -53,20 +55,9 @@ class RunDirectory:
         Raises:
             RunError: another process is at work here, named by its host and number.
         """
-        with storage(self.path):
-            stream = (self.path / LOCK).open("a+", encoding="utf-8")
-        with stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                stream.seek(0)
-                holder = stream.read().strip()
-                raise RunError(
-                    f"{self.path}: {holder} is at work here; wait for it, or choose another --output"
-                ) from None
-            stream.truncate(0)
-            stream.write(f"process {os.getpid()} on {socket.gethostname()}")
-            stream.flush()
+        with ExitStack() as stack:
+            with storage(self.path):
+                stack.enter_context(lock.held(self.path / LOCK))
             yield
 
     def record(self, recipe: Recipe, resolved: dict[str, Any]) -> None:
@@ -76,8 +67,31 @@ class RunDirectory:
         else:  # a recipe made in Python
             text = yaml.safe_dump(recipe.model_dump(mode="json", by_alias=True), sort_keys=False)
         with storage(self.path):
+            write_json(self.path / RESOLVED, {"identity": identity(recipe), **resolved})  # first: it says whose this is
             write_text(self.path / RECIPE, text)
-            write_json(self.path / RESOLVED, {"identity": identity(recipe), **resolved})
+
+    def recipe(self, trust_remote_code: bool = False) -> Recipe:
+        """The recipe as it was run, overrides included.
+
+        Args:
+            trust_remote_code: Whoever asks trusts the code that comes with its base; a run may come from the Hub.
+
+        Raises:
+            RunError: this is no run directory, or one of another version, or its base has code that is not trusted.
+        """
+        resolved = self._resolved()
+        try:
+            recipe = Recipe.model_validate((resolved or {})["recipe"])
+        except (KeyError, ValidationError):
+            found = "was written by another version" if resolved else "is not a run directory"
+            raise RunError(f"{self.path}: {found}; expected what `toolkit train` leaves behind") from None
+        if recipe.model.trust_remote_code and not trust_remote_code:
+            raise RunError(
+                f"{self.path}: its base {recipe.model.name_or_path} comes with Python code of its own; read that code, "
+                f"then allow it with --trust-remote-code"
+            )
+        recipe._file = self.path / RECIPE
+        return recipe
 
     def folder(self, stage: str) -> Path:
         """Where a stage keeps its adapter, checkpoints, metrics."""
@@ -106,6 +120,7 @@ class RunDirectory:
             # copies of what the stages hold, or held, that would no longer belong to them
             shutil.rmtree(self.path / ADAPTER, ignore_errors=True)
             (self.path / EVALUATION).unlink(missing_ok=True)
+            (self.path / CARD).unlink(missing_ok=True)
             write_json(folder / STARTED, {"key": key})
         return folder
 
@@ -116,6 +131,7 @@ class RunDirectory:
             shutil.rmtree(previous, ignore_errors=True)
             folder.rename(previous)
         elif folder.exists():
+            (folder / STARTED).unlink(missing_ok=True)  # first: what is left of it must not be resumed
             shutil.rmtree(folder)
 
     def finish(self, stage: str, adapter: Path, record: dict[str, Any]) -> None:
@@ -123,22 +139,25 @@ class RunDirectory:
         with storage(self.path):
             target = self.adapter(stage)
             shutil.rmtree(target, ignore_errors=True)
+            sync_tree(adapter)
             adapter.rename(target)
             write_json(self.folder(stage) / STAGE, record)
             (self.folder(stage) / STARTED).unlink(missing_ok=True)
 
     def deliver(self, stage: str) -> Path:
         """Make `adapter/` the one of the given stage, in one step."""
-        target, partial = self.path / ADAPTER, self.path / f"{ADAPTER}.partial"
+        target, partial = self.path / ADAPTER, self.path / f"{ADAPTER}{PARTIAL}"
         with storage(self.path):
             shutil.rmtree(partial, ignore_errors=True)
             shutil.copytree(self.adapter(stage), partial)
+            sync_tree(partial)
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
+            sync(self.path)
         return target
 
     def _holds_something(self) -> bool:
-        return any(path.name != LOCK for path in self.path.iterdir())
+        return any(path.name != LOCK and not path.name.endswith(PARTIAL) for path in self.path.iterdir())
 
     def _resolved(self) -> dict[str, Any] | None:
         return read_json(self.path / RESOLVED)
@@ -171,33 +190,68 @@ def write_json(file: Path, value: dict[str, Any]) -> None:
 
 def write_text(file: Path, text: str) -> None:
     """Write a file so that it is the old one or the new one at any moment."""
-    partial = file.with_name(f".{file.name}.partial")
+    partial = file.with_name(f".{file.name}{PARTIAL}")
     with partial.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
     partial.replace(file)
+    sync(file.parent)
+
+
+def sync(path: Path) -> None:
+    """Have a file's content, or a folder's entries, on the disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems do not sync folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """`sync` of a folder and everything in it."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
 
 
 @contextmanager
 def storage(path: Path) -> Iterator[None]:
-    """Say a failed write in one sentence; other errors pass through.
+    """Say a failed read or write in one sentence; other errors pass through.
 
     Raises:
-        RunError: the disk is full, or the path cannot be written.
+        RunError: the disk is full or fails, the path cannot be written, or too many files are open.
     """
     try:
         yield
     except Exception as error:
-        # torch and safetensors write in C++ and Rust, and report a full disk in words of their own
-        full = any(
-            text in str(error) for text in ("No space left on device", "PytorchStreamWriter", "inline_container")
-        )
-        code = getattr(error, "errno", None)
-        if full or code in (errno.ENOSPC, errno.EDQUOT):
-            text = "the disk is full; free some space or choose another --output, then run the same command to resume"
-        elif code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT):
-            text = f"cannot be written: {os.strerror(code)}; choose another directory with --output"
-        else:
+        text = _failure(error)
+        if text is None:
             raise
         raise RunError(f"{path}: {text}") from error
+
+
+def exhausted(error: BaseException) -> str | None:
+    """What this machine ran out of, and the way out; `None` where it is another kind of error."""
+    code, text = getattr(error, "errno", None), str(error)
+    # torch and safetensors write in C++ and Rust, and report a full disk in words of their own
+    if code in (errno.ENOSPC, errno.EDQUOT) or any(t in text for t in ("No space left", "Disk quota exceeded", *TORN)):
+        return "the disk is full; free some space or choose another --output, then run the same command to resume"
+    if code == errno.EFBIG or "File too large" in text:
+        return "files may not grow this large here; raise `ulimit -f`, then run the same command to resume"
+    if code in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text or "ancdata" in text:
+        return "too many open files; raise `ulimit -n` (65536 will do), then run the same command to resume"
+    if code in (errno.EIO, errno.ESTALE):
+        return f"the disk fails: {os.strerror(code)}; then run the same command to resume from what is whole"
+    return None
+
+
+def _failure(error: Exception) -> str | None:
+    code = getattr(error, "errno", None)
+    if (text := exhausted(error)) is not None:
+        return text
+    if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT):
+        return f"cannot be written: {os.strerror(code)}; choose another directory with --output"
+    return None

@@ -8,9 +8,15 @@ from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
 from toolkit import adapter, packing, trainer
+from toolkit.checkpoints import WholeCheckpoints
 from toolkit.errors import ModelError
 from toolkit.job import StageJob
+from toolkit.nonfinite import FiniteSteps
 from toolkit.prefix_check import reason_against
+
+
+class RowTrainer(FiniteSteps, WholeCheckpoints, SFTTrainer):
+    """TRL's trainer, with checkpoints that are whole or not there, and without steps that are not finite."""
 
 
 def arguments(job: StageJob, **own: Any) -> SFTConfig:
@@ -23,7 +29,7 @@ def arguments(job: StageJob, **own: Any) -> SFTConfig:
     return trainer.arguments(SFTConfig, job, **(settings | own))
 
 
-def build(job: StageJob, base: PreTrainedModel) -> SFTTrainer:
+def build(job: StageJob, base: PreTrainedModel) -> RowTrainer:
     """TRL's trainer for this stage, ready to train; the adapter it trains is named `default`.
 
     Raises:
@@ -39,7 +45,7 @@ def build(job: StageJob, base: PreTrainedModel) -> SFTTrainer:
     }
     if keeps_rows:
         given = _packed(job, trained)
-    built = SFTTrainer(
+    built = RowTrainer(
         model=trained,
         processing_class=job.tokenizer,
         peft_config=adapter.lora_config(job.plan, job.where()) if model is None else None,

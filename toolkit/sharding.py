@@ -82,7 +82,7 @@ def gathered(model: Any) -> dict[str, torch.Tensor] | None:
     if any(isinstance(p, DTensor) for p in trained.values()):
         return {name: _whole(p) for name, p in trained.items()}
     if any(hasattr(p, "ds_id") for p in trained.values()):  # ZeRO-3
-        from deepspeed.zero import GatheredParameters  # type: ignore[import-not-found]
+        from deepspeed.zero import GatheredParameters
 
         with GatheredParameters(list(trained.values())):
             return {name: p.detach().cpu().clone() for name, p in trained.items()}

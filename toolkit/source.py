@@ -20,16 +20,19 @@ MERGE = "tag:yaml.org,2002:merge"
 Lines = dict[Location, str]
 
 
-def read(file: Path, overrides: Iterable[str] = ()) -> tuple[dict[str, Any], Lines]:
+def read(file: Path, overrides: Iterable[str] = ()) -> tuple[dict[str, Any], Lines, dict[str, str]]:
     """The mapping in a recipe file with `extends` and overrides applied, and `file:line` of every key.
+
+    The third part says of each local path, resolved, how it was written.
 
     Raises:
         RecipeError: the file cannot be read, or is no YAML mapping; an override does not fit.
     """
-    data, lines = _read(file, seen=())
+    written: dict[str, str] = {}
+    data, lines = _read(file, (), written)
     for override in overrides:
         _apply_override(data, lines, override)
-    return data, lines
+    return data, lines, written
 
 
 # --- YAML with positions ---------------------------------------------------------------------------------------------
@@ -60,7 +63,7 @@ for _tag, _pattern, _first in (
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)
 
 
-def _read(file: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], Lines]:
+def _read(file: Path, seen: tuple[Path, ...], written: dict[str, str]) -> tuple[dict[str, Any], Lines]:
     text = _text(file)
     if file.resolve() in seen:
         raise _error(str(file), "extends", "the files extend each other in a circle")
@@ -71,11 +74,11 @@ def _read(file: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], Lines]:
     parent = data.pop("extends", None)
     if parent is not None and not isinstance(parent, str):
         raise _error(lines[("extends",)], "extends", f"found {kind(parent)}, expected the name of a recipe file")
-    _resolve_paths(data, file.parent)
+    _resolve_paths(data, file.parent, written)
     if parent is None:
         return data, lines
     try:
-        base, base_lines = _read(file.parent / parent, (*seen, file.resolve()))
+        base, base_lines = _read(file.parent / parent, (*seen, file.resolve()), written)
     except RecursionError:
         raise _error(lines[("extends",)], "extends", "too many files extend each other") from None
     return _merge(base, data), base_lines | lines
@@ -199,14 +202,15 @@ def _merge(base: Any, over: Any) -> Any:
     return over
 
 
-def _resolve_paths(value: Any, folder: Path) -> None:
+def _resolve_paths(value: Any, folder: Path, written: dict[str, str]) -> None:
     """`./x` and `../x` mean: beside the recipe file that says so, wherever the command is run."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
         if isinstance(item, str) and item.startswith(("./", "../")) and "\0" not in item:
             value[key] = str((folder / item).resolve())
+            written[value[key]] = item
         else:
-            _resolve_paths(item, folder)
+            _resolve_paths(item, folder, written)
 
 
 # --- --set -----------------------------------------------------------------------------------------------------------

@@ -1,14 +1,16 @@
-"""What SFT and DPO share around TRL's trainers: their arguments, checkpoints, and running one to its end."""
+"""What SFT and DPO share around TRL's trainers: their arguments, and running one to its end or to a signal."""
 
-import json
 import math
-from pathlib import Path
+import sys
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
+from transformers import TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from toolkit import checkpoints, nonfinite, signals
 from toolkit.chat import first_line
 from toolkit.errors import ModelError, RunError
 from toolkit.job import StageJob
@@ -19,7 +21,6 @@ from toolkit.rundir import storage
 
 # Settings that shape the rows. The toolkit has applied them by the time the trainer gets its rows.
 APPLIED_TO_ROWS = ("completion_only_loss", "assistant_only_loss")
-CHECKPOINT_FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt")  # and rng_state*.pth, one per process
 
 
 def arguments(config_class: Any, job: StageJob, **own: Any) -> Any:
@@ -33,11 +34,14 @@ def arguments(config_class: Any, job: StageJob, **own: Any) -> Any:
         RunError: one process sees several GPUs.
     """
     settings = {key: value for key, value in job.plan.trainer.items() if key not in APPLIED_TO_ROWS}
+    settings.setdefault(
+        "run_name", f"{job.folder.parent.name}-{job.plan.name}"
+    )  # trackers sort stages of a run together
     if job.hardware.device == "cpu":
         settings["use_cpu"] = True  # TrainingArguments sets the process group up anew, and must find it there
         settings.setdefault("dataloader_pin_memory", False)
     try:
-        output_dir = str(job.folder / "checkpoints")
+        output_dir = str(job.folder / checkpoints.FOLDER)
         args = config_class(output_dir=output_dir, seed=job.recipe.seed, disable_tqdm=True, **{**settings, **own})
         for tracker in get_reporting_integration_callbacks(args.report_to):
             tracker()  # says whether its package is installed
@@ -51,8 +55,26 @@ def arguments(config_class: Any, job: StageJob, **own: Any) -> Any:
     return args
 
 
+class StopAtStep(TrainerCallback):
+    """Ends training with a checkpoint after the step in which a signal came in, to whichever process it came."""
+
+    def __init__(self, note: signals.Note):
+        self.note = note
+        self.agreed = 0
+        """The signal that every process ends on; 0 for none."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.agreed = self.note.signum
+        if args.world_size > 1:
+            flag = torch.tensor(self.note.signum, device=args.device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            self.agreed = int(flag)
+        if self.agreed:
+            control.should_save = control.should_training_stop = True
+
+
 def fit(trainer: Any, job: StageJob, probe: bool = True) -> dict[str, float]:
-    """Train to the end, from the last complete checkpoint if there is one.
+    """Train to the end, from the last good checkpoint if there is one.
 
     Args:
         probe: On CUDA, run the longest batch forward and backward before the first step.
@@ -62,6 +84,8 @@ def fit(trainer: Any, job: StageJob, probe: bool = True) -> dict[str, float]:
 
     Raises:
         RunError: the disk is full or not writable, or memory is; checkpoints stay as they are.
+        ProofError: too many steps in a row, or the last ones, whose loss or gradient is not finite.
+        Stopped: by a signal, after the step at work and a checkpoint.
     """
     progress = Progress(job.plan.name)
     for callback in (PrinterCallback, ProgressCallback):
@@ -70,21 +94,44 @@ def fit(trainer: Any, job: StageJob, probe: bool = True) -> dict[str, float]:
     trainer.add_callback(progress)
     if probe and job.hardware.device == "cuda":
         trainer.add_callback(Probe(trainer, job))
-    checkpoint = last_checkpoint(job.folder / "checkpoints")
-    if checkpoint is not None:
-        say(f"  resumes from {checkpoint.name}")
+    trainer.job = job
+    start = _resume_from(job)
+    others_run = _wandb_run()
     try:
-        with storage(job.folder), explained(job, job.folder / "checkpoints"):
-            result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with storage(job.folder), explained(job), signals.noted() as note:
+            stop = StopAtStep(note)
+            trainer.add_callback(stop)
+            result = trainer.train(resume_from_checkpoint=start)
     finally:
         progress.close()
+        if others_run is None and _wandb_run() is not None:
+            sys.modules["wandb"].finish()
+    if stop.agreed:
+        raise signals.Stopped(stop.agreed, _kept(trainer, job))
+    nonfinite.check_end(trainer, job)
     return dict(result.metrics)
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole: `trainer_state.json`, which is written last, is there and readable."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[-1]), reverse=True)
-    return next((path for path in found if _is_complete(path)), None)
+def _resume_from(job: StageJob) -> str | None:
+    """The main process reads the checkpoints for all: what is damaged is damaged for everyone."""
+    found: list[Any] = [checkpoints.newest(job.folder / checkpoints.FOLDER)]
+    broadcast_object_list(found, from_process=0)
+    checkpoint, damaged = found[0]
+    for line in damaged:
+        say(f"  {line}")
+    if checkpoint is not None:
+        say(f"  resumes from {checkpoint.name}")
+    return str(checkpoint) if checkpoint else None
+
+
+def _kept(trainer: Any, job: StageJob) -> str:
+    good, _ = checkpoints.newest(job.folder / checkpoints.FOLDER)
+    return f"after step {trainer.state.global_step} of {job.plan.name}; " + (f"kept in {good}" if good else "none kept")
+
+
+def _wandb_run() -> Any:
+    """The open run of wandb, if there is one: transformers leaves it open, and the next stage would log into it."""
+    return getattr(sys.modules.get("wandb"), "run", None)
 
 
 def optimizer_steps(rows: int, plan: StagePlan, hardware: Hardware) -> int:
@@ -98,15 +145,6 @@ def optimizer_steps(rows: int, plan: StagePlan, hardware: Hardware) -> int:
         batches = math.ceil(math.ceil(rows / per_device) / hardware.processes)
     per_epoch = max(math.ceil(batches / plan.trainer.get("gradient_accumulation_steps", 1)), 1)
     return math.ceil(plan.trainer["num_train_epochs"] * per_epoch)
-
-
-def _is_complete(path: Path) -> bool:
-    try:
-        json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return False
-    files = {file.name for file in path.iterdir()}
-    return all(name in files for name in CHECKPOINT_FILES) and any(f.startswith("rng_state") for f in files)
 
 
 def release() -> None:

@@ -1,0 +1,121 @@
+"""SIGTERM and SIGINT: what a queue that preempts, and Ctrl-C, ask of a run; and the command that resumes it.
+
+Outside a training loop both leave at once, as `Stopped`. Inside one they are noted: the step is finished, a
+checkpoint is written, and then the run leaves.
+"""
+
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+EXIT_CODES = {signal.SIGTERM: 75, signal.SIGINT: 130}  # 75 is EX_TEMPFAIL of sysexits.h: try again
+SECOND = 1.0  # seconds after which a Ctrl-C is another one: a launcher passes on the one that the terminal sent already
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal ended the run. A `KeyboardInterrupt`, so that libraries clean up after it as they do after Ctrl-C.
+
+    Args:
+        signum: the signal.
+        kept: what was done by then, and where it lies.
+    """
+
+    def __init__(self, signum: int, kept: str = "") -> None:
+        self.signum = signal.Signals(signum)
+        self.exit_code = EXIT_CODES.get(self.signum, 128 + signum)
+        super().__init__(f"stopped by {self.signum.name}" + (f" {kept}" if kept else ""))
+
+
+@dataclass
+class Note:
+    """The signal that came in while a step was being finished; 0 for none."""
+
+    signum: int = 0
+    at: float = 0.0
+
+
+@contextmanager
+def raised() -> Iterator[None]:
+    """Within, a signal leaves at once.
+
+    Raises:
+        Stopped
+    """
+
+    def leave(signum: int, frame: Any) -> None:
+        raise Stopped(signum)
+
+    with _handled(leave):
+        yield
+
+
+@contextmanager
+def noted() -> Iterator[Note]:
+    """Within, the first signal is noted, for the code to end at a good place; a second Ctrl-C leaves at once.
+
+    Raises:
+        Stopped: at the second Ctrl-C.
+    """
+    note = Note()
+
+    def take_note(signum: int, frame: Any) -> None:
+        if not note.signum:
+            note.signum, note.at = signum, time.monotonic()
+            if os.environ.get("RANK", "0") == "0":  # not print, which must not be entered twice
+                text = f"\n{signal.Signals(signum).name}: the step is finished, then a checkpoint is written; "
+                os.write(2, (text + "Ctrl-C leaves at once\n").encode())
+        elif signum == signal.SIGINT and time.monotonic() - note.at > SECOND:
+            raise Stopped(signum)
+
+    with _handled(take_note):
+        yield note
+
+
+def resume_command(argv: Sequence[str] | None = None) -> str:
+    """The command that resumes this process's run, quoted for a shell.
+
+    `--fresh` is left out: it would start the run again. A process that a launcher started is not resumed by its own
+    command line but by the launcher's.
+    """
+    words = list(sys.orig_argv if argv is None else argv)
+    if argv is None and "LOCAL_RANK" in os.environ:
+        words = _launcher() or words
+    if Path(words[0]).name.startswith("python") and len(words) > 1 and not words[1].startswith("-"):
+        words = [Path(words[1]).name, *words[2:]]  # a script of this environment, such as `toolkit`
+    elif Path(words[0]).is_absolute() and "/bin/" in words[0]:
+        words[0] = Path(words[0]).name
+    return shlex.join(word for word in words if not (len(word) > 2 and "--fresh".startswith(word)))
+
+
+def _launcher() -> list[str]:
+    try:
+        words = Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8").split("\0")[:-1]
+    except OSError:
+        return []
+    starts = any(Path(word).name in ("accelerate", "torchrun") or word.startswith("--launch") for word in words)
+    return words if starts else []
+
+
+@contextmanager
+def _handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Python delivers signals to the main thread only, and lets no other one ask for them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {signum: signal.getsignal(signum) for signum in EXIT_CODES}
+    for signum, old in before.items():
+        if old is not signal.SIG_IGN:  # `nohup`, or a job in the background, asked for that
+            signal.signal(signum, handler)
+    try:
+        yield
+    finally:
+        for signum, old in before.items():
+            signal.signal(signum, old)
