@@ -36,8 +36,13 @@ LAYERS = [
         "launch",
         "sharding",
         "memory",
+        "history",
+        "lengths",
     },
-    {"job", "prefix_check", "estimate"},
+    {"job", "prefix_check", "estimate", "pictures", "settings"},
+    {"page"},
+    {"report"},
+    {"compare"},
     {"proof", "trainer", "cache", "probe"},
     {"reference"},
     {"sft", "dpo", "evaluate", "hub"},
@@ -80,7 +85,16 @@ def test_the_lower_layers_import_nothing_heavy(module: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", ["--help", "--version", "train --help", "schema", "train recipes/quickstart/nothing.yaml"]
+    "arguments",
+    [
+        "--help",
+        "--version",
+        "train --help",
+        "schema",
+        "train recipes/quickstart/nothing.yaml",
+        "report --list .",
+        "diff README.md README.md",
+    ],
 )
 def test_the_command_line_answers_without_torch(arguments: str) -> None:
     code = f"""

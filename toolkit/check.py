@@ -43,17 +43,22 @@ def check_prepared(prepared: Prepared, jobs: list[StageJob]) -> Iterator[Part]:
         yield job.plan.name, _check_stage(job)
 
 
-def stop_on_errors(prepared: Prepared, jobs: list[StageJob]) -> None:
+def stop_on_errors(prepared: Prepared, jobs: list[StageJob]) -> dict[str, list[Finding]]:
     """Check on the main process; say its warnings on the error stream, and stop every process together on errors.
+
+    Returns:
+        The findings part by part, on the main process; nothing elsewhere.
 
     Raises:
         DataError: with every error found.
     """
     told: list[Any] = [None]
+    parts: dict[str, list[Finding]] = {}
     state = PartialState()
     if state.is_main_process:
         try:
-            found = [finding for _, findings in check_prepared(prepared, jobs) for finding in findings]
+            parts = dict(check_prepared(prepared, jobs))
+            found = [finding for findings in parts.values() for finding in findings]
             for finding in found:
                 if finding.level == "warning":
                     print(f"warning: {finding}", file=sys.stderr, flush=True)
@@ -63,6 +68,7 @@ def stop_on_errors(prepared: Prepared, jobs: list[StageJob]) -> None:
     broadcast_object_list(told, from_process=0)  # the others wait here
     if told[0]:
         raise DataError(told[0] if state.is_main_process else "stopped, as the main process found errors")
+    return parts
 
 
 def summary(job: StageJob) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from toolkit.job import StageJob
 from toolkit.plan import model_dtype, quantization
 from toolkit.prefix import PairCollator, causal_of
 from toolkit.prefix_check import reason_against
+from toolkit.wording import amount
 
 CUDA_CONTEXT = 512 * 2**20  # the driver's context and cuBLAS' workspace on each GPU, about
 STATES = {"adafactor": 0.05, "sgd": 0, "lion": 1, "rmsprop": 1, "adagrad": 1}  # copies of the parameters; else Adam's 2
@@ -238,14 +239,6 @@ def free_bytes(folders: list[Path]) -> dict[Path, int]:
 def device_bytes() -> int | None:
     """Memory of this process's GPU; `None` without one."""
     return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if _cuda() else None
-
-
-def amount(size: float) -> str:
-    """Bytes for people: `1.4 GB` is 1.4e9 bytes."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(size) >= factor:
-            return f"{size / factor:,.1f} {unit}"
-    return f"{size:,.0f} B"
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

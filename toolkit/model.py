@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import resource
+import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,19 @@ def detect_hardware() -> Hardware:
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=WAITS_FOR_MAIN)
     cuda = state.device.type == "cuda"
     return Hardware(state.device.type, cuda and torch.cuda.is_bf16_supported(), state.num_processes)
+
+
+def device_name() -> str:
+    """What computes: the GPU's name, or `cpu`."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else PartialState().device.type
+
+
+def peak_memory() -> int:
+    """Peak bytes of this process: on its GPU since the peak was last reset; without one, in host memory so far."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resident if sys.platform == "darwin" else resident * 1024  # bytes there, KiB on Linux
 
 
 def load_base(recipe: Recipe, hardware: Hardware, to_shard: bool = False) -> PreTrainedModel:

@@ -11,15 +11,16 @@ from accelerate import PartialState
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from toolkit import adapter, check, dpo, evaluate, hub, model, processes, proof, sft, sharding, trainer
+from toolkit import adapter, check, dpo, evaluate, hub, model, processes, proof, report, sft, sharding, trainer
 from toolkit.chat import first_line
 from toolkit.errors import ModelError, ProofError, RunError
+from toolkit.findings import Finding
 from toolkit.job import StageJob
 from toolkit.load import load_recipe
 from toolkit.prepare import Prepared, attempt_key, check_parents, plan_text, prepare, resolved, state_of
 from toolkit.progress import say
 from toolkit.recipe import Recipe
-from toolkit.rundir import EVALUATION, RunDirectory, default_output, storage, write_json
+from toolkit.rundir import EVALUATION, FINDINGS, RunDirectory, default_output, read_json, storage, write_json
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,11 @@ def train(
     if recipe.evaluate is not None:
         evaluate.held_out_rows(recipe, prepared.tokenizer)  # better now than after hours
     asked = [job for job in prepared.jobs if states[job.plan.name] != "finished" and stage in (None, job.plan.name)]
-    check.stop_on_errors(prepared, asked)
+    findings = check.stop_on_errors(prepared, asked)
     say(plan_text(prepared, states) + "\n")
     with _alone(run):
         _record(prepared, run)
+        _record_findings(run, findings)
         for job in prepared.jobs:
             if states[job.plan.name] != "finished" and stage in (None, job.plan.name):
                 _run_stage(job, run, resume=states[job.plan.name] == "interrupted", probe=probe)
@@ -126,6 +128,14 @@ def _alone(run: RunDirectory) -> AbstractContextManager[None]:
 def _record(prepared: Prepared, run: RunDirectory) -> None:
     if PartialState().is_main_process:
         run.record(prepared.recipe, resolved(prepared))
+
+
+def _record_findings(run: RunDirectory, findings: dict[str, list[Finding]]) -> None:
+    """Keep what the checks said, beside what they said earlier about stages that are finished."""
+    if findings:
+        told = {part: [finding.as_dict() for finding in found] for part, found in findings.items()}
+        with storage(run.path):
+            write_json(run.path / FINDINGS, (read_json(run.path / FINDINGS) or {}) | told)
 
 
 def _states(prepared: Prepared, run: RunDirectory, only: str | None, fresh: bool) -> dict[str, str]:
@@ -260,6 +270,7 @@ def _deliver(prepared: Prepared, run: RunDirectory) -> RunResult:
     records = {name: run.finished(name) for name, state in states.items() if state == "finished"}
     done = {name: record for name, record in records.items() if record is not None}
     if len(done) < len(states):
+        _report(run)
         return RunResult(run.path, None, done)
     evaluation = None
     if PartialState().is_main_process:
@@ -270,10 +281,20 @@ def _deliver(prepared: Prepared, run: RunDirectory) -> RunResult:
             evaluation = evaluate.evaluate(prepared.recipe, prepared.hardware, prepared.tokenizer, adapters)
             write_json(run.path / EVALUATION, evaluation)
             say("\n" + evaluate.table(evaluation))
+        _report(run)
         if prepared.recipe.hub is not None:
             say(f"\npushed: {hub.push(prepared.recipe, run.path)}")
     PartialState().wait_for_everyone()
     return RunResult(run.path, run.path / "adapter", done, evaluation)
+
+
+def _report(run: RunDirectory) -> None:
+    """Write the page about the run; a run is what it is without one."""
+    if PartialState().is_main_process:
+        try:
+            say(f"report: {report.write(run.path)}")
+        except Exception as error:  # whatever it is, hours of training are not to end in it
+            say(f"report: not written: {first_line(error)}; `toolkit report {run.path}` tries again")
 
 
 def _base_name(recipe: Recipe) -> str:

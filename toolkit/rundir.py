@@ -17,6 +17,7 @@ from toolkit.errors import RunError
 from toolkit.recipe import Recipe
 
 RESOLVED, RECIPE, EVALUATION, LOCK = "resolved.json", "recipe.yaml", "evaluation.json", ".lock"
+FINDINGS = "findings.json"
 STAGE, STARTED, ADAPTER = "stage.json", "started.json", "adapter"
 
 

@@ -9,6 +9,7 @@ import torch
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from toolkit import model
 from toolkit.chat import first_line
 from toolkit.errors import ModelError, RunError
 from toolkit.job import StageJob
@@ -58,7 +59,7 @@ def fit(trainer: Any, job: StageJob, probe: bool = True) -> dict[str, float]:
         probe: On CUDA, run the longest batch forward and backward before the first step.
 
     Returns:
-        transformers' closing metrics (`train_runtime` in seconds, `train_loss`, ...).
+        transformers' closing metrics (`train_runtime` in seconds, `train_loss`, ...), and `peak_memory_bytes`.
 
     Raises:
         RunError: the disk is full or not writable, or memory is; checkpoints stay as they are.
@@ -78,7 +79,7 @@ def fit(trainer: Any, job: StageJob, probe: bool = True) -> dict[str, float]:
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         progress.close()
-    return dict(result.metrics)
+    return dict(result.metrics) | {"peak_memory_bytes": model.peak_memory()}
 
 
 def last_checkpoint(folder: Path) -> Path | None:
