@@ -1,21 +1,27 @@
 """Several runs beside each other, a folder of runs line by line, and where two recipes differ. Without torch."""
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from toolkit import page, settings
 from toolkit.errors import RunError
-from toolkit.history import PastStage, Run, find_runs, number, read_run, series
+from toolkit.history import PastStage, Run, drawable, find_runs, number, read_run, series
 from toolkit.pictures import Line, Picture, draw
 from toolkit.recipe import Recipe
-from toolkit.report import PANELS, STEPS, leaves
+from toolkit.report import PANELS, STEPS, leaves, summaries
 from toolkit.rundir import storage, write_text
 from toolkit.wording import amount, did_you_mean
 
 PAGE = "comparison.html"
 DRAWN = 16  # runs in one picture
+NOT_RESULTS = ("step", "epoch", "learning_rate", "num_tokens", "total_flos")
+# What gets a column without being asked for
+TELLING = re.compile(
+    r"\.(eval_)?(loss|mean_token_accuracy|rewards/margins|rewards/accuracies)$|\.(seconds|tokens_per_second|peak_memory_bytes"
+    r"|perplexity|kl|preference\.accuracy|preference\.margin|greedy\.(tokens|stopped|loops|repetition))$|\.scores\.|\.lm_eval\."
+)
 # Of other metrics, less is better: losses, perplexity, KL, lengths, seconds, bytes.
 MORE_IS_BETTER = ("accurac", "margin", "scores.", "tokens_per_second", "chosen", "stopped", "distinct", "lm_eval.")
 
@@ -39,7 +45,7 @@ def compare(paths: Sequence[str | Path], sort: str | None = None, output: str | 
     found = [results(run) for run in runs]
     key = None if sort is None else _metric(sort, found)
     order = sorted(range(len(runs)), key=lambda i: _rank(key, found[i])) if key else list(range(len(runs)))
-    runs, names, found = ([these[i] for i in order] for these in (runs, names, found))
+    runs, names, found = [runs[i] for i in order], [names[i] for i in order], [found[i] for i in order]
     said = [
         f"{name}  {key} {page.figure(one[key])}" if key in one else name for name, one in zip(names, found, strict=True)
     ]
@@ -54,15 +60,13 @@ def results(run: Run) -> dict[str, float]:
     """What came out, by names such as `dpo.eval_loss` and `dpo.preference.accuracy`; numbers only."""
     found: dict[str, float | None] = {}
     for stage in run.stages:
-        logged = {key: stage.last(key) for *_, keys in PANELS for _, key, *_ in keys if key != "learning_rate"}
+        logged = {key: stage.last(key) for line in stage.lines for key in line if key not in NOT_RESULTS}
         own = {"seconds": number(stage.record.get("seconds")), "tokens_per_second": stage.tokens_per_second}
         logged |= own | {"peak_memory_bytes": stage.peak_memory}
         found |= {f"{stage.name}.{key}": value for key, value in logged.items()}
-    for name, summary in (run.evaluation.get("models") or {}).items():
+    for name, summary in summaries(run.evaluation).items():
         for key, value in leaves(summary).items():
             found[f"{name}.{key}"] = number(value.get("value") if isinstance(value, dict) else value)
-    for title, shares in (run.evaluation.get("scores") or {}).items():
-        found |= {f"{name}.scores.{title}": number(value) for name, value in shares.items()}
     return {key: value for key, value in found.items() if value is not None}
 
 
@@ -90,7 +94,7 @@ def diff(one: Recipe, other: Recipe) -> str:
 
 def _html(runs: list[Run], names: list[str], found: list[dict[str, float]], key: str | None) -> str:
     chosen = settings.differing([settings.flat(settings.of_run(run)) for run in runs])
-    came_out = settings.differing(found)
+    came_out = {metric: values for metric, values in settings.differing(found).items() if TELLING.search(metric)}
     if key is not None:
         came_out = {key: [one.get(key) for one in found], **came_out}
     cells = {name: settings.tails(values) for name, values in chosen.items()}
@@ -126,7 +130,7 @@ def pictures(runs: list[Run], names: list[str]) -> list[Picture]:
         for panel, title, unit, keys in PANELS:
             for label, key, *_ in keys:
                 lines = [Line(names[i], series(stage.lines, key), i, i // 8) for i, stage in those]
-                lines = [line for line in lines if any(value == value for _, value in line.points)]
+                lines = [line for line in lines if drawable(line.points)]
                 if lines:
                     text = f"{name}: {title}" + (f", {label}" if label else "")
                     found.append(Picture(f"{number_}-{panel}-{key}", text, STEPS, unit, lines))
@@ -143,7 +147,9 @@ def _cell(metric: str, value: float | None) -> str:
 
 def _metric(asked: str, found: list[dict[str, float]]) -> str:
     known = list(dict.fromkeys(key for one in found for key in one))
-    matching = [key for key in known if key == asked] or [key for key in known if key.endswith(f".{asked}")]
+    matching = [key for key in known if key == asked] or [
+        key for key in known if key.endswith((f".{asked}", f"/{asked}"))
+    ]
     if not matching:
         endings = sorted({key.split(".", 1)[-1] for key in known})
         told = did_you_mean(asked, [*known, *endings])

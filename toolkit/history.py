@@ -117,7 +117,7 @@ def read_run(path: str | Path) -> Run:
             raise RunError(f"{folder}: {found}; expected one that `toolkit train` made, with {RESOLVED}")
         plans = [plan for plan in resolved.get("stages") or [] if isinstance(plan, dict)]
         stages = [_stage(folder, str(plan.get("name", f"stage {i}")), plan) for i, plan in enumerate(plans)]
-        evaluation = _read(folder / EVALUATION)
+        evaluation = _read(folder / EVALUATION) or _by_model(folder, ["base", *(stage.name for stage in stages)])
         parts = _read(folder / FINDINGS).values()
     except (OSError, UnicodeDecodeError, TypeError, ValueError) as error:
         raise RunError(f"{folder}: cannot be read: {error}") from None
@@ -163,6 +163,11 @@ def series(lines: list[dict[str, Any]], key: str) -> Points:
     return found
 
 
+def drawable(points: Points) -> bool:
+    """Whether any of these is a number."""
+    return any(math.isfinite(value) for _, value in points)
+
+
 def number(value: Any) -> float | None:
     """The value as a number, or `None` where it is not a finite one."""
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -186,6 +191,13 @@ def _stage(folder: Path, name: str, plan: dict[str, Any]) -> PastStage:
         rewards={k: list(v) for k, v in rewards.items() if isinstance(v, list)} if isinstance(rewards, dict) else {},
         begun=(inside / STARTED).is_file(),
     )
+
+
+def _by_model(folder: Path, names: list[str]) -> dict[str, Any]:
+    """What has been measured of each model, where it is not put together yet."""
+    found = {name: _read(folder / name / EVALUATION).get("summary") for name in names}
+    models = {name: summary for name, summary in found.items() if isinstance(summary, dict)}
+    return {"models": models} if models else {}
 
 
 def _read(file: Path) -> dict[str, Any]:

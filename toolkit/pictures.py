@@ -115,6 +115,8 @@ def histogram(label: str, values: Sequence[float], edges: Sequence[float], colou
 
 
 def _fill(figure: Any, picture: Picture) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     figure.patch.set_visible(False)
     axes = figure.add_axes((0.15, 0.16, 0.82, 0.72))
     axes.patch.set_visible(False)
@@ -123,7 +125,8 @@ def _fill(figure: Any, picture: Picture) -> None:
     axes.set_ylabel(picture.y)
     axes.grid(axis="y", color=INK, alpha=0.25, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.locator_params(nbins=5)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
     most = max(BUDGET // max(len(picture.shapes), 1), FEWEST)
     drawn = [_shape(axes, shape, most) for shape in picture.shapes]
     if len(drawn) > 1 and any(shape.label for shape in picture.shapes):
@@ -134,7 +137,9 @@ def _fill(figure: Any, picture: Picture) -> None:
 def _shape(axes: Any, shape: Line | Bars, most: int) -> Any:
     colour = COLOURS[shape.colour % len(COLOURS)]
     if isinstance(shape, Bars):
-        return axes.stairs(shape.counts, shape.edges, color=colour, fill=True, alpha=0.45, linewidth=1)
+        return axes.stairs(
+            shape.counts, shape.edges, fill=True, facecolor=(colour, 0.25), edgecolor=colour, linewidth=1
+        )
     points = thinned(shape.points, most)
     marker = "." if len(points) <= MARKED else None
     steps, values = [p[0] for p in points], [p[1] for p in points]

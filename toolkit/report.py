@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from toolkit import page, settings
-from toolkit.history import PastStage, Run, number, read_run, series
+from toolkit.history import PastStage, Run, drawable, number, read_run, series
 from toolkit.pictures import Bars, Drawn, Line, Picture, draw, histogram
 from toolkit.rundir import storage, write_text
 from toolkit.wording import amount
@@ -116,7 +116,7 @@ def pictures(stage: PastStage) -> list[Picture]:
         if name == "token-accuracy" and stage.type == "dpo":  # of two answers at once, that says little
             continue
         lines = [Line(label, series(stage.lines, key), colour, style) for label, key, colour, style in keys]
-        lines = [line for line in lines if any(value == value for _, value in line.points)]
+        lines = [line for line in lines if drawable(line.points)]
         if lines:
             found.append(Picture(f"{prefix}-{name}", f"{stage.name}: {title}", STEPS, unit, lines))
     return found + list(_histograms(stage, prefix))
@@ -225,14 +225,19 @@ def _cost(stage: PastStage) -> list[tuple[str, str]]:
 
 def measures(evaluation: dict[str, Any]) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """The before/after table: models in order, and for each measure its title and a cell for each model."""
-    summaries = evaluation.get("models")
-    if not isinstance(summaries, dict):
-        scores = {k: v for k, v in (evaluation.get("scores") or {}).items() if isinstance(v, dict)}
-        names = dict.fromkeys(name for shares in scores.values() for name in shares)
-        summaries = {name: {"scores": {t: shares.get(name) for t, shares in scores.items()}} for name in names}
-    flat = {name: leaves(summary) for name, summary in summaries.items()}
-    keys = list(dict.fromkeys(key for found in flat.values() for key in found))
+    flat = {name: leaves(summary) for name, summary in summaries(evaluation).items()}
+    keys = dict.fromkeys(key for found in reversed(flat.values()) for key in found)  # of the last, most is measured
     return list(flat), [(_title(key), [_cell(key, found.get(key)) for found in flat.values()]) for key in keys]
+
+
+def summaries(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Model -> what was measured of it; only scores in runs of an older version."""
+    models = evaluation.get("models")
+    if isinstance(models, dict):
+        return models
+    scores = {title: shares for title, shares in (evaluation.get("scores") or {}).items() if isinstance(shares, dict)}
+    names = dict.fromkeys(name for shares in scores.values() for name in shares)
+    return {name: {"scores": {title: shares.get(name) for title, shares in scores.items()}} for name in names}
 
 
 def leaves(summary: Any, at: str = "") -> dict[str, Any]:

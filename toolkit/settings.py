@@ -41,7 +41,7 @@ def nested(resolved: dict[str, Any]) -> dict[str, Any]:
     for plan in resolved.get("stages") or []:
         own = {key: value for key, value in plan.items() if key not in NOT_SETTINGS}
         stages.append({"name": plan.get("name"), **asked.get(plan.get("name"), {}), **own, "from": own.get("start")})
-        for twice in ("start", "mode", "reference_from"):  # said by `from`, `adapter` and what is trained against what
+        for twice in ("start", "mode"):  # said by `from` and `adapter`
             stages[-1].pop(twice, None)
     return dict(_filled(recipe | {"stages": stages or recipe.get("stages")}) or {})
 

@@ -71,6 +71,8 @@ def fit(trainer: Any, job: StageJob, probe: bool = True) -> dict[str, float]:
     trainer.add_callback(progress)
     if probe and job.hardware.device == "cuda":
         trainer.add_callback(Probe(trainer, job))
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     checkpoint = last_checkpoint(job.folder / "checkpoints")
     if checkpoint is not None:
         say(f"  resumes from {checkpoint.name}")
