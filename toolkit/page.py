@@ -66,7 +66,7 @@ def marked(before: str | None, after: str) -> list[tuple[bool, str]]:
     """The text in pieces, each with whether it is new: words that stand differently, or not at all, in `before`."""
     cut = after if len(after) <= LONGEST else after[:LONGEST] + f" … ({len(after) - LONGEST:,} characters more)"
     if before is None:
-        return [(False, cut)]
+        return [(False, cut)] if cut else []
     ours, theirs = _words(cut), _words(before[: LONGEST * 2])
     if max(len(ours), len(theirs)) > WORDS:
         return [(False, cut)]

@@ -274,7 +274,8 @@ def _cell(key: str, found: Any) -> str:
 def _samples(evaluation: dict[str, Any], most: int) -> list[dict[str, Any]]:
     """Prompts with the answers of every model, differences to the model before it marked."""
     found = []
-    for sample in (evaluation.get("samples") or [])[:most]:
+    samples = [sample for sample in evaluation.get("samples") or [] if isinstance(sample, dict)]
+    for sample in samples[:most]:
         kinds = []
         for key, title in (("answers", "greedy"), ("sampled", "sampled")):
             said = {str(name): str(text) for name, text in (sample.get(key) or {}).items()}
