@@ -60,7 +60,8 @@ def results(run: Run) -> dict[str, float]:
     """What came out, by names such as `dpo.eval_loss` and `dpo.preference.accuracy`; numbers only."""
     found: dict[str, float | None] = {}
     for stage in run.stages:
-        logged = {key: stage.last(key) for line in stage.lines for key in line if key not in NOT_RESULTS}
+        keys = dict.fromkeys(key for line in stage.lines for key in line if key not in NOT_RESULTS)
+        logged = {key: stage.last(key) for key in keys}
         own = {"seconds": number(stage.record.get("seconds")), "tokens_per_second": stage.tokens_per_second}
         logged |= own | {"peak_memory_bytes": stage.peak_memory}
         found |= {f"{stage.name}.{key}": value for key, value in logged.items()}
