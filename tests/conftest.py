@@ -100,6 +100,26 @@ def write(tmp_path: Path) -> Callable[..., Path]:
     return _write
 
 
+@pytest.fixture(scope="session")
+def finished_run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of SFT and DPO with held-out pairs and an evaluation, as `toolkit train` leaves it; not to be changed."""
+    import toolkit
+
+    folder = tmp_path_factory.mktemp("finished")
+    trainer = {"per_device_train_batch_size": 4, "gradient_checkpointing": False, "logging_steps": 1}
+    trainer |= {"learning_rate": 1e-2, "save_strategy": "no"}
+    held = [{"prompt": f"what is {word}", "answer": word[0]} for word in WORDS[:4]]
+    sft = {"type": "sft", "data": str(write_jsonl(folder / "sft.jsonl", messages(12))), "trainer": trainer}
+    dpo = {"type": "dpo", "data": str(write_jsonl(folder / "dpo.jsonl", pairs(12))), "trainer": trainer}
+    dpo["eval_data"] = str(write_jsonl(folder / "dpo_heldout.jsonl", pairs(4)))
+    evaluate = {"data": str(write_jsonl(folder / "held.jsonl", held)), "max_new_tokens": 4, "scores": {}}
+    evaluate["scores"] = {"right": {"column": "answer"}}
+    model = {"name_or_path": str(base), "dtype": "float32"}
+    recipe = {"model": model, "lora": {"r": 4}, "stages": [sft, dpo], "evaluate": evaluate, "seed": 7}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return toolkit.train(folder / "recipe.yaml", output=folder / "run").output
+
+
 @pytest.fixture
 def recipe(base: Path, tmp_path: Path) -> dict[str, Any]:
     """SFT then DPO on tiny data, in float32, a few steps each."""

@@ -19,7 +19,7 @@ LAYERS = [
     {"fields", "recipe", "loss_rules", "lock"},
     {"trainer_rules", "lora_rules", "peers", "source", "plan"},
     {"rules"},
-    {"load", "schema", "report"},
+    {"load", "schema", "told"},
     {
         "chat",
         "formats",
@@ -38,10 +38,15 @@ LAYERS = [
         "launch",
         "sharding",
         "memory",
+        "history",
+        "lengths",
     },
-    {"job", "prefix_check", "guards", "measure", "fold", "saved_run"},
+    {"job", "prefix_check", "settings", "pictures", "guards", "measure", "fold", "saved_run"},
     {"longest", "estimate"},
     {"fit", "relief"},
+    {"page"},
+    {"report"},
+    {"compare"},
     {"generate", "heldout"},
     {"proof", "trainer", "cache", "watch", "nonfinite", "checkpoints", "probe"},
     {"reference"},
@@ -86,7 +91,16 @@ def test_the_lower_layers_import_nothing_heavy(module: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", ["--help", "--version", "train --help", "schema", "train recipes/quickstart/nothing.yaml"]
+    "arguments",
+    [
+        "--help",
+        "--version",
+        "train --help",
+        "schema",
+        "train recipes/quickstart/nothing.yaml",
+        "report --list .",
+        "diff README.md README.md",
+    ],
 )
 def test_the_command_line_answers_without_torch(arguments: str) -> None:
     code = f"""

@@ -177,8 +177,9 @@ def _template(name: str, recipe: Recipe) -> str:
     assert spec is not None and spec.origin is not None
     folders = [Path(__file__).parent / "templates", Path(spec.origin).parent / "chat_templates"]
     for file in (folder / f"{name}{suffix}.jinja" for suffix in ("_training", "") for folder in folders):
-        if file.is_file():
+        if file.is_file() and not file.stem.endswith(".html"):  # those are of the report
             return file.read_text(encoding="utf-8")
-    known = sorted({f.stem.removesuffix("_training") for folder in folders for f in folder.glob("*.jinja")})
+    files = [file for folder in folders for file in folder.glob("*.jinja") if not file.stem.endswith(".html")]
+    known = sorted({file.stem.removesuffix("_training") for file in files})
     where = recipe.where("model", "chat_template")
     raise ModelError(f"{where}: no template is named {name!r}; expected a .jinja file or one of: {', '.join(known)}")

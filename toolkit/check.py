@@ -60,7 +60,7 @@ def check_prepared(prepared: Prepared, jobs: list[StageJob]) -> Iterator[Part]:
         yield job.plan.name, _check_stage(job)
 
 
-def stop_on_errors(prepared: Prepared, jobs: list[StageJob], output: Path) -> None:
+def stop_on_errors(prepared: Prepared, jobs: list[StageJob], output: Path) -> dict[str, list[Finding]]:
     """Check on the main process, for all: say its warnings on the error stream, and stop on errors.
 
     The other processes wait for its word; where it fails instead, the launcher ends them.
@@ -69,12 +69,17 @@ def stop_on_errors(prepared: Prepared, jobs: list[StageJob], output: Path) -> No
         jobs: the stages that will run.
         output: the run directory.
 
+    Returns:
+        The findings part by part, on the main process; nothing elsewhere.
+
     Raises:
         DataError: with every error found.
     """
+    parts: dict[str, list[Finding]] = {}
     if PartialState().is_main_process:
-        found = [finding for _, findings in check_prepared(prepared, jobs) for finding in findings]
-        found += check_resources(jobs, output, told=False)
+        parts = dict(check_prepared(prepared, jobs))
+        parts["resources"] = check_resources(jobs, output, told=False)
+        found = [finding for findings in parts.values() for finding in findings]
         for finding in found:
             if finding.level == "warning":
                 print(visible(f"warning: {finding}"), file=sys.stderr, flush=True)
@@ -82,6 +87,7 @@ def stop_on_errors(prepared: Prepared, jobs: list[StageJob], output: Path) -> No
         if errors:
             raise DataError("\n".join(errors))
     processes.from_main(None)
+    return parts
 
 
 def summary(job: StageJob) -> dict[str, Any]:

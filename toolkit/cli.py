@@ -27,6 +27,8 @@ def parser() -> argparse.ArgumentParser:
     _add_merge(commands)
     _add_chat(commands)
     _add_evaluate(commands)
+    _add_report(commands)
+    _add_diff(commands)
     return top
 
 
@@ -139,7 +141,7 @@ def _add_check(commands: Any) -> None:
 def _check(args: argparse.Namespace) -> int:
     from toolkit.errors import RecipeError
     from toolkit.findings import Finding
-    from toolkit.report import Report
+    from toolkit.told import Report
 
     if args.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
@@ -305,6 +307,52 @@ def _evaluate(args: argparse.Namespace) -> int:
     evaluate_run(
         args.run_directory, args.stage, args.data, args.limit, args.seed, trust_remote_code=args.trust_remote_code
     )
+    return 0
+
+
+def _add_report(commands: Any) -> None:
+    command = _command(commands, "report", "write one page about a run, compare several, or list a folder", _report)
+    command.add_argument("runs", nargs="*", metavar="RUN", help="run directories; of one, RUN/report.html is written")
+    command.add_argument("--list", nargs="?", const="runs", metavar="DIR", help="one line per run (default: runs)")
+    command.add_argument("--sort", metavar="METRIC", help="of several runs: best first, as in --sort eval_loss")
+    text = "of several runs: the page (default: comparison.html beside them)"
+    command.add_argument("--output", metavar="FILE", help=text)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from toolkit.errors import RunError
+
+    if args.list is not None and (args.runs or args.sort or args.output):
+        raise RunError("--list takes a folder and nothing else")
+    if args.list is None and not args.runs:
+        raise RunError("name a run directory, several to compare them, or --list DIR")
+    if len(args.runs) == 1 and (args.sort or args.output):
+        raise RunError("--sort and --output are for several runs; the page of one is RUN/report.html")
+    from toolkit import compare, report
+
+    if args.list is not None:
+        print(compare.list_runs(args.list))
+    elif len(args.runs) == 1:
+        print(report.write(args.runs[0]))
+    else:
+        target, lines = compare.compare(args.runs, args.sort, args.output)
+        print(f"{lines}\n\n{target}")
+    return 0
+
+
+def _add_diff(commands: Any) -> None:
+    command = _command(commands, "diff", "show where two recipes differ, with defaults and extends resolved", _diff)
+    command.add_argument("recipe", metavar="RECIPE")
+    command.add_argument("other", metavar="RECIPE")
+    command.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="in both")
+
+
+def _diff(args: argparse.Namespace) -> int:
+    from toolkit.compare import diff
+    from toolkit.load import load_recipe
+
+    # nothing is run or loaded here, so that both may ask for what training would have to be told to allow
+    print(diff(*(load_recipe(file, args.overrides, True, True) for file in (args.recipe, args.other))))
     return 0
 
 

@@ -16,6 +16,7 @@ from toolkit.division import Sharding
 from toolkit.job import StageJob
 from toolkit.plan import model_dtype, quantization
 from toolkit.prefix import causal_of
+from toolkit.wording import amount
 
 CUDA_CONTEXT = 512 * 2**20  # the driver's context and cuBLAS' workspace on each GPU, about
 STATES = {"adafactor": 0.05, "sgd": 0, "lion": 1, "rmsprop": 1, "adagrad": 1}  # copies of the parameters; else Adam's 2
@@ -163,14 +164,6 @@ def text(found: StageEstimate) -> str:
         f"tokenized rows {amount(disk.tokenized_cache)}, reference cache {amount(disk.reference_cache)}"
     )
     return "\n".join(lines)
-
-
-def amount(size: float) -> str:
-    """Bytes for people: `1.4 GB` is 1.4e9 bytes."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(size) >= factor:
-            return f"{size / factor:,.1f} {unit}"
-    return f"{size:,.0f} B"
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

@@ -28,6 +28,11 @@ def detect_hardware() -> Hardware:
     return Hardware(state.device.type, cuda and torch.cuda.is_bf16_supported(), state.num_processes)
 
 
+def device_name() -> str:
+    """What computes: the GPU's name, or `cpu`."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else PartialState().device.type
+
+
 def load_base(recipe: Recipe, hardware: Hardware, to_shard: bool = False) -> PreTrainedModel:
     """The base as the recipe asks for it, in evaluation mode; quantized models are placed on this process's device.
 

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from platform import machine, python_version, system
 from typing import Any
 
 from toolkit import adapter, chat, checkpoints, dpo, model, prefix_check, processes, sft, sharding
@@ -10,6 +11,7 @@ from toolkit import data as data_module
 from toolkit.data import Counts
 from toolkit.errors import ModelError, RunError
 from toolkit.job import StageJob
+from toolkit.lengths import token_lengths
 from toolkit.plan import Hardware, StagePlan, digest, model_dtype, quantization, stage_digest, stage_plans
 from toolkit.progress import say
 from toolkit.provenance import LIBRARIES
@@ -82,7 +84,8 @@ def resolved(prepared: Prepared) -> dict[str, Any]:
         "written": recipe.written,
         "own_tokenizer": chat.differs_from_base(recipe, prepared.tokenizer),
         "hardware": asdict(hardware),
-        "versions": {name: version(name) for name in LIBRARIES},
+        "machine": {"device": model.device_name(), "python": python_version(), "system": f"{system()} {machine()}"},
+        "versions": {name: version(name) for name in ("trl-lora-toolkit", *LIBRARIES)},
         "stages": [_resolved_stage(job) for job in prepared.jobs],
     }
 
@@ -102,6 +105,7 @@ def _resolved_stage(job: StageJob) -> dict[str, Any]:
         "start_commit": start_commit(job),
         "steps": job.steps,
         "trainable_parameters": job.trainable,
+        "token_lengths": token_lengths(job.data.train),
         "digest": job.digest,
     }
 

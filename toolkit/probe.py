@@ -19,6 +19,7 @@ from toolkit.errors import RunError
 from toolkit.job import StageJob
 from toolkit.plan import quantization
 from toolkit.progress import say
+from toolkit.wording import amount
 
 
 class Probe(TrainerCallback):
@@ -36,7 +37,7 @@ class Probe(TrainerCallback):
         except torch.OutOfMemoryError as error:
             raise RunError(explanation(self.job, error, "on the longest batch, before the first step")) from error
         if peak:
-            say(f"  probe: the longest batch fits, {estimate.amount(peak)} at its peak")
+            say(f"  probe: the longest batch fits, {amount(peak)} at its peak")
 
 
 def probe(trainer: Any, job: StageJob, wrapped: Any = None) -> int:
@@ -91,7 +92,7 @@ def explanation(job: StageJob, error: BaseException, when: str) -> str:
     helpful = relief.savings(job, empty)
     if helpful:
         lines.append("these would help most, by the estimate:")
-        lines += [f"  {saving.setting}   saves {estimate.amount(saving.bytes)}" for saving in helpful]
+        lines += [f"  {saving.setting}   saves {amount(saving.bytes)}" for saving in helpful]
     return "\n".join(lines)
 
 

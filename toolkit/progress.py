@@ -10,6 +10,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import TrainerCallback
 
+from toolkit.history import read_metrics
 from toolkit.rundir import write_text
 
 CLOSING = "train_runtime"  # in the last line that a trainer logs, also when a signal ends it
@@ -112,19 +113,6 @@ def say(text: str) -> None:
     """Print a line, from the main process only."""
     if PartialState().is_main_process:
         print(text, flush=True)
-
-
-def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a `metrics.jsonl`; a last line cut off by a crash is left out."""
-    if not file.exists():
-        return []
-    lines = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
 
 
 def _number(value: Any) -> Any:

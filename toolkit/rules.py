@@ -65,7 +65,7 @@ def _start(stage: dict[str, Any], earlier: list[str], say: Say, *at: str | int) 
     name, start = _name(stage), stage.get("from")
     if name in earlier:
         yield say(f"two stages are named {name!r}; give each stage its own name", *at, "name")
-    if name in ("base", "adapter", "adapter.partial") or name.endswith(".previous"):
+    if name in ("base", "adapter", "adapter.partial", "report", "report.html") or name.endswith(".previous"):
         yield say(f"{name!r} has a meaning of its own in a run; choose another name", *at, "name")
     known = ["base", *earlier]
     if isinstance(start, str) and "/" not in start and start not in known:

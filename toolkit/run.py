@@ -24,12 +24,14 @@ from toolkit import (
     processes,
     proof,
     provenance,
+    report,
     sft,
     sharding,
     trainer,
 )
 from toolkit.chat import first_line, load_tokenizer
 from toolkit.errors import ModelError, ProofError, RunError
+from toolkit.findings import Finding
 from toolkit.job import StageJob
 from toolkit.load import load_recipe
 from toolkit.plan import stage_plans
@@ -46,7 +48,7 @@ from toolkit.prepare import (
 )
 from toolkit.progress import say
 from toolkit.recipe import Evaluate, Recipe, Source
-from toolkit.rundir import EVALUATION, RunDirectory, default_output, storage, write_json
+from toolkit.rundir import EVALUATION, FINDINGS, RunDirectory, default_output, read_json, storage, write_json
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,10 @@ def train(
         if asked.evaluate is not None:
             evaluate.check(asked, prepared.hardware, prepared.tokenizer)  # better now than after hours
         jobs = [job for job in prepared.jobs if states[job.plan.name] != "finished" and stage in (None, job.plan.name)]
-        check.stop_on_errors(prepared, jobs, run.path)
+        findings = check.stop_on_errors(prepared, jobs, run.path)
         say(plan_text(prepared, states) + "\n")
         _record(prepared, run)
+        _record_findings(run, findings)
         for job in jobs:
             _run_stage(job, run, resume=states[job.plan.name] == "interrupted", probe=probe)
             _evaluate(prepared, run, [job])
@@ -226,6 +229,14 @@ def _claimed(
 def _record(prepared: Prepared, run: RunDirectory) -> None:
     if PartialState().is_main_process:
         run.record(prepared.recipe, resolved(prepared))
+
+
+def _record_findings(run: RunDirectory, findings: dict[str, list[Finding]]) -> None:
+    """Keep what the checks said, beside what they said earlier about stages that are finished."""
+    if findings:
+        told = {part: [finding.as_dict() for finding in found] for part, found in findings.items()}
+        with storage(run.path):
+            write_json(run.path / FINDINGS, (read_json(run.path / FINDINGS) or {}) | told)
 
 
 def _states(prepared: Prepared, run: RunDirectory, only: str | None, fresh: bool) -> dict[str, str]:
@@ -377,6 +388,7 @@ def _deliver(prepared: Prepared, run: RunDirectory) -> RunResult:
     records = {name: run.finished(name) for name, state in states.items() if state == "finished"}
     done = {name: record for name, record in records.items() if record is not None}
     if len(done) < len(states):
+        _report(run)
         return RunResult(run.path, None, done)
     evaluation, target = None, run.path / "adapter"
     if PartialState().is_main_process:
@@ -386,6 +398,7 @@ def _deliver(prepared: Prepared, run: RunDirectory) -> RunResult:
             evaluation = _evaluate(prepared, run, prepared.jobs)
             write_json(run.path / EVALUATION, evaluation)
             say("\n" + evaluate.table(evaluation))
+        _report(run)
         with storage(run.path):
             card.write(run.path)
     PartialState().wait_for_everyone()
@@ -394,6 +407,15 @@ def _deliver(prepared: Prepared, run: RunDirectory) -> RunResult:
         pushed = hub.push(run.path, prepared.recipe.hub)
         say(f"\n{pushed}")
     return RunResult(run.path, target, done, evaluation, pushed.url if pushed else None)
+
+
+def _report(run: RunDirectory) -> None:
+    """Write the page about the run; a run is what it is without one."""
+    if PartialState().is_main_process:
+        try:
+            say(f"report: {report.write(run.path)}")
+        except Exception as error:  # whatever it is, hours of training are not to end in it
+            say(f"report: not written: {first_line(error)}; `toolkit report {run.path}` tries again")
 
 
 def _base_name(recipe: Recipe) -> str:

@@ -30,6 +30,14 @@ def short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def amount(size: float) -> str:
+    """Bytes for people: `1.4 GB` is 1.4e9 bytes."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(size) >= factor:
+            return f"{size / factor:,.1f} {unit}"
+    return f"{size:,.0f} B"
+
+
 def near(key: Any, known: Iterable[Any]) -> str | None:
     """The known word that is nearest to this one, or that it begins, if any is near."""
     if not isinstance(key, str) or len(key) > LONGEST_KEY:
