@@ -67,7 +67,7 @@ def test_any_logged_number_can_be_sorted_by(runs: Path) -> None:
     for name, kl in (("one", 0.75), ("two", 0.25)):
         with (runs / name / "dpo" / "metrics.jsonl").open("a") as stream:
             stream.write(json.dumps({"step": 3, "eval_guard/kl": kl}) + "\n")
-    target, said = compare([runs / "one", runs / "two"], sort="kl")
+    target, said = compare([runs / "one", runs / "two"], sort="eval_guard/kl")
     assert said.splitlines() == ["two  dpo.eval_guard/kl 0.25", "one  dpo.eval_guard/kl 0.75"]
     assert rows(target)[1] == ["run", "dpo.trainer.beta", "dpo.eval_guard/kl", "dpo.loss"]
 

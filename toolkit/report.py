@@ -301,6 +301,9 @@ def _provenance(run: Run) -> list[tuple[str, str]]:
     for key in ("quantization", "hardware", "machine", "versions"):
         found |= settings.flat(resolved.get(key) or {}, key if key in ("quantization", "hardware") else "")
     for stage in run.stages:
+        trained = page.short(stage.record.get("provenance") or {})
+        for key in ("git", "command"):
+            found |= settings.flat(trained.get(key), f"{stage.name}: {key}")
         found[f"{stage.name}: settings and data"] = stage.plan.get("digest")
         found[f"{stage.name}: adapter"] = stage.record.get("adapter_digest")
     return [(name, str(value)) for name, value in found.items() if value is not None and value != {}]
