@@ -86,7 +86,7 @@ def test_the_card_written_when_training_ends_tells_everything(trained: Path) -> 
 def test_scores_and_pictures_are_shown(run: Path) -> None:
     scores = {"right": {"base": 0.1, "dpo": {"share": 0.9, "low": 0.8, "high": 0.95}}}
     (run / "evaluation.json").write_text(json.dumps({"prompts": 40, "scores": scores}))
-    (run / "report").mkdir()
+    (run / "report").mkdir(exist_ok=True)
     (run / "report" / "reward_margins.png").write_bytes(b"\x89PNG")
     text = card(run)
     assert "| base | 10.0% |\n| dpo | 90.0% (80.0% to 95.0%) |" in text

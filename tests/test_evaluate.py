@@ -114,7 +114,7 @@ def measured(base: Path, tmp_path_factory: pytest.TempPathFactory) -> toolkit.Ru
             {
                 "type": "sft",
                 "data": str(write_jsonl(folder / "sft.jsonl", messages(12))),
-                "trainer": trainer | {"run_name": "mine"},
+                "trainer": trainer,
             },
             {
                 "type": "dpo",
@@ -287,8 +287,8 @@ def test_scores_count_texts_exactly_or_in_part() -> None:
     assert measure.hits(rows, texts, how="regex", what="^it") == [0.0, 1.0]
 
 
-def test_trackers_runs_are_named_after_the_run_and_the_stage_unless_the_recipe_names_them(
+def test_trackers_runs_are_named_after_the_run_and_the_stage(
     measured: toolkit.RunResult,
 ) -> None:
     names = {name: record["trainer_args"]["run_name"] for name, record in measured.stages.items()}
-    assert names == {"sft": "mine", "dpo": "run-dpo"}
+    assert names == {"sft": "run-sft", "dpo": "run-dpo"}

@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 
 import toolkit
 from tests.conftest import pairs, write_jsonl
-from tests.test_cli import CPU_2PROC
 from tests.test_resume import kill_at
 from toolkit.guards import LN2, Said, Seen, selection, tripped
 from toolkit.progress import read_metrics
 from toolkit.recipe import Guard
+
+CPU_2PROC = Path(__file__).parent.parent / "accelerate_configs" / "cpu_2proc.yaml"
 
 GUARD = Guard()
 QUIET: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 def test_an_explicit_list_of_files_without_a_trace_of_this_machine(hub: StandInHub, run: Path, base: Path) -> None:
+    shutil.rmtree(run / "report")
     (run / "report").mkdir()
     (run / "report.html").write_text(f"<p>{run.resolve()}/dpo</p>")
     (run / "report" / "loss.png").write_bytes(b"\x89PNG")

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 
@@ -19,6 +20,14 @@ from toolkit import signals
 )
 def test_the_command_that_resumes_is_quoted_and_not_fresh(words: list[str], expected: str) -> None:
     assert signals.resume_command(words) == expected
+
+
+@pytest.fixture(autouse=True)
+def listening() -> Iterator[None]:
+    """A job in the background ignores SIGINT, and the tests may be one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_the_second_ctrl_c_leaves_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
