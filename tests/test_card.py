@@ -68,7 +68,7 @@ def test_a_local_base_is_said_to_be_one(run: Path, base: Path) -> None:
         assert trace not in text
 
 
-def test_the_card_written_when_training_ends_tells_everything(trained: Path) -> None:
+def test_the_card_written_when_training_ends_tells_everything(trained: Path, base: Path) -> None:
     lines = (trained / "README.md").read_text().splitlines()
     for start in (
         "| dpo | dpo | base + sft adapter (frozen) + new adapter | base + sft adapter (the new adapter disabled); equal",
@@ -76,7 +76,7 @@ def test_the_card_written_when_training_ends_tells_everything(trained: Path) -> 
         "| sft | **in all** | 315 tokens, 67 of them supervised | 8 |",
         "| sft: trainer | learning_rate | `0.01` |",
         "|  | seed | `3` | 42",
-        "vllm serve ./base0 --enable-lora --max-lora-rank 8 --lora-modules adapter=adapter",
+        f"vllm serve ./{base.name} --enable-lora --max-lora-rank 8 --lora-modules adapter=adapter",
         "toolkit train recipe.yaml",
     ):
         assert any(line.replace("`42`", "42").startswith(start) for line in lines), start
