@@ -15,6 +15,7 @@ from tests.hub_server import StandInHub
 from toolkit.card import base_licence, card, vllm_rank
 from toolkit.fields import field_defaults
 from toolkit.hub import push
+from toolkit.merge import merge
 from toolkit.recipe import Hub
 
 
@@ -91,6 +92,15 @@ def test_scores_and_pictures_are_shown(run: Path) -> None:
     text = card(run)
     assert "| base | 10.0% |\n| dpo | 90.0% (80.0% to 95.0%) |" in text
     assert "![reward margins](report/reward_margins.png)" in text
+
+
+def test_how_far_the_merged_model_is_from_the_policy_is_shown(run: Path) -> None:
+    merge(run, dtype="bfloat16", output=run.parent / "merged")
+    text = (run / "README.md").read_text()
+    assert re.search(r"Merged into the base as bfloat16, it differs .* by a KL of [\d.e-]+ nats per token", text)
+    shutil.rmtree(run / "adapter")
+    shutil.copytree(run / "sft" / "adapter", run / "adapter")  # another adapter since: nothing is known of it
+    assert "Merged into the base" not in card(run)
 
 
 @pytest.mark.parametrize(("rank", "served"), [(4, 8), (8, 8), (24, 32), (257, 320), (512, 512), (600, None)])

@@ -104,6 +104,7 @@ def test_files_of_an_earlier_push_go_and_those_of_others_stay(hub: StandInHub, r
         Fault("/commit/", "cut"),
         Fault("/commit/", "lost"),
         Fault("/validate-yaml", 503),
+        Fault("/storage/", "cut"),
     ],
     ids=lambda f: f"{f.where}{f.kind}",
 )

@@ -5,9 +5,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from toolkit.adapter import adapter_digest
 from toolkit.fields import field_defaults
 from toolkit.portable import Places, adapter_folder, read_resolved, stages_up_to
-from toolkit.rundir import CARD, EVALUATION, PICTURES, REPORT, STAGE, read_json, write_text
+from toolkit.rundir import ADAPTER, CARD, EVALUATION, MERGED, PICTURES, REPORT, STAGE, read_json, write_text
 
 CONFIGS = {"sft": "SFTConfig", "dpo": "DPOConfig"}
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -223,11 +224,25 @@ def _results(run: Path, done: dict[str, dict[str, Any]]) -> str:
     measured = [[n, *(_number(r, key) for key in ("train_loss", "eval_loss"))] for n, r in done.items()]
     if any(any(row[1:]) for row in measured):
         parts.append(_table(["stage", "mean training loss", "evaluation loss"], measured))
+    parts += _merged(run)
     pictures = sorted((run / PICTURES).glob("*.png"))
     parts += [f"![{p.stem.replace('_', ' ').replace('-', ' ')}]({PICTURES}/{p.name})" for p in pictures]
     if (run / REPORT).is_file():
         parts.append(f"More in `{REPORT}`.")
     return "## Results\n\n" + "\n\n".join(parts) if parts else ""
+
+
+def _merged(run: Path) -> list[str]:
+    """How far the merged model is from the policy, where `toolkit merge` has measured it for this adapter."""
+    merged = read_json(run / MERGED) or {}
+    found = merged.get("agreement")
+    if not found or not (run / ADAPTER).is_dir() or merged.get("adapter_digest") != adapter_digest(run / ADAPTER):
+        return []
+    return [
+        f"Merged into the base as {merged['dtype']}, it differs from the policy that was trained by a KL of "
+        f"{max(found['kl'], 0):.2g} nats per token, and has the same most likely token at "
+        f"{found['top1_agreement']:.1%} of {found['tokens']:,} held-out positions."
+    ]
 
 
 def _score(value: Any) -> str:

@@ -12,18 +12,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from toolkit import agreement, chat, fold, model
+from toolkit import agreement, card, chat, fold, model
 from toolkit.adapter import adapter_digest
 from toolkit.agreement import Agreement
 from toolkit.errors import DataError, ModelError, ProofError, RunError
 from toolkit.plan import Hardware, model_dtype, quantization
 from toolkit.progress import say
 from toolkit.proof import OTHER_PATH
-from toolkit.rundir import read_json, storage, write_json
+from toolkit.rundir import CARD, MERGED, RESOLVED, read_json, storage, write_json
 from toolkit.saved_run import SavedRun, load_run
 from toolkit.trainer import release
 
-MERGE = "merge.json"
 SHARD = 2 * 1024**3  # bytes; what is held in memory at a time is one shard, written, and the tensor at work
 SPARE = 64 * 1024**2  # bytes for tokenizer, configuration and the file system
 INDEX, SINGLE, PATTERN = "model.safetensors.index.json", "model.safetensors", "model{suffix}.safetensors"
@@ -101,7 +100,9 @@ def merge(
     record = {"stage": name, "adapter_digest": adapter_digest(saved.adapters[name]), "dtype": dtype, **written}
     record |= {"output": target.name, "quantized_policy": bool(quantization(saved.recipe))}
     with storage(saved.path):
-        write_json(saved.path / MERGE, record | {"agreement": compared.as_dict() if compared else None})
+        write_json(saved.path / MERGED, record | {"agreement": compared.as_dict() if compared else None})
+        if (saved.path / CARD).is_file() and "pulled" not in (read_json(saved.path / RESOLVED) or {}):
+            card.write(saved.path)
     say(f"merged: {target}")
     return target
 

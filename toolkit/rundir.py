@@ -18,7 +18,7 @@ from toolkit.recipe import Recipe
 
 RESOLVED, RECIPE, EVALUATION, LOCK = "resolved.json", "recipe.yaml", "evaluation.json", ".lock"
 CARD, METRICS, REPORT, PICTURES = "README.md", "metrics.jsonl", "report.html", "report"
-FINDINGS = "findings.json"
+FINDINGS, MERGED = "findings.json", "merge.json"
 STAGE, STARTED, ADAPTER, PARTIAL = "stage.json", "started.json", "adapter", ".partial"
 TORN = ("PytorchStreamWriter", "inline_container")
 
