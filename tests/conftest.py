@@ -48,6 +48,15 @@ WORDS = [
 ]
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What is marked `gpu` waits for a machine that has one."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama with two layers, its tokenizer and a ChatML template."""
