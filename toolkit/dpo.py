@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
@@ -16,6 +15,7 @@ from toolkit.grouping import LengthGrouped, pair_lengths
 from toolkit.job import StageJob
 from toolkit.nonfinite import FiniteSteps
 from toolkit.plan import StagePlan
+from toolkit.processes import from_main
 from toolkit.progress import say
 
 CHECKED_PAIRS = 2
@@ -117,9 +117,7 @@ def share_prompts(job: StageJob, built: PairTrainer) -> str:
     if any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in built.model.modules()):
         reason = "dropout is on, and would be drawn once for both answers"
     check = None if reason else prefix_check.self_check(built.model, proof.first_rows(job)[:CHECKED_PAIRS], collator)
-    decided: list[Any] = [reason, check]
-    broadcast_object_list(decided, from_process=0)  # ranks that round differently must not choose differently
-    reason, check = decided
+    reason, check = from_main((reason, check))  # ranks that round differently must not choose differently
     if reason or check is None or not check.passed:
         return f"off: {reason or check}"
     prefix.share_prefix(built.model)

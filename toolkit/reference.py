@@ -6,13 +6,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from datasets import Dataset
 
 from toolkit import cache
 from toolkit.cache import NAMES, Entry
 from toolkit.grouping import alike, pair_lengths
 from toolkit.job import StageJob
+from toolkit.processes import from_main
 from toolkit.progress import say
 from toolkit.proof import OTHER_PATH, rounding
 
@@ -44,9 +45,7 @@ def with_reference(job: StageJob, built: Any, rows: Dataset, what: str) -> Datas
 
 def _from_cache(job: StageJob, built: Any, rows: Dataset, key: str) -> tuple[Entry | None, str]:
     """The main process reads for all, so that every rank trains on the same numbers."""
-    found: list[Any] = [cache.read(key, len(rows)) if built.accelerator.is_main_process else None]
-    broadcast_object_list(found, from_process=0)
-    entry, unusable = found[0]
+    entry, unusable = from_main(cache.read(key, len(rows)) if built.accelerator.is_main_process else None)
     if entry is None:
         return None, unusable
     first = list(range(min(CHECKED_ROWS, len(rows))))
@@ -57,9 +56,7 @@ def _from_cache(job: StageJob, built: Any, rows: Dataset, key: str) -> tuple[Ent
         for side, name in enumerate(NAMES)
         for i in first
     )
-    agreed = [worst]
-    broadcast_object_list(agreed, from_process=0)  # or one rank would compute while the others train
-    worst = agreed[0]
+    worst = from_main(worst)  # or one rank would compute while the others train
     if not worst <= OTHER_PATH[rounding(job)]:
         return None, f"the cache disagrees with the reference model by {worst:.2g} nats per token"
     return entry, ""

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -211,7 +210,7 @@ def _claimed(
         recipe = load_recipe(recipe, overrides)
     run = RunDirectory(Path(output) if output is not None else default_output(recipe))
     model.detect_hardware()  # sets up the process group, by which the processes speak to each other
-    refused: list[RunError | None] = [None]
+    refused: RunError | None = None
     with ExitStack() as stack:
         if PartialState().is_main_process:
             try:
@@ -219,10 +218,10 @@ def _claimed(
                 stack.enter_context(run.held())
                 run.claim(recipe)  # another run may have begun and ended since
             except RunError as error:
-                refused = [error]
-        broadcast_object_list(refused, from_process=0)
-        if refused[0] is not None:
-            raise refused[0]
+                refused = error
+        refused = processes.from_main(refused)
+        if refused is not None:
+            raise refused
         yield recipe, run
 
 

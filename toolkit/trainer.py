@@ -5,7 +5,6 @@ import sys
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -16,6 +15,7 @@ from toolkit.errors import ModelError, RunError
 from toolkit.job import StageJob
 from toolkit.plan import Hardware, StagePlan
 from toolkit.probe import Probe, explained
+from toolkit.processes import from_main
 from toolkit.progress import Metrics, Progress, say
 from toolkit.rundir import storage
 
@@ -114,9 +114,7 @@ def fit(trainer: Any, job: StageJob, probe: bool = True) -> dict[str, float]:
 
 def _resume_from(job: StageJob) -> str | None:
     """The main process reads the checkpoints for all: what is damaged is damaged for everyone."""
-    found: list[Any] = [checkpoints.newest(job.folder / checkpoints.FOLDER)]
-    broadcast_object_list(found, from_process=0)
-    checkpoint, damaged = found[0]
+    checkpoint, damaged = from_main(checkpoints.newest(job.folder / checkpoints.FOLDER))
     for line in damaged:
         say(f"  {line}")
     if checkpoint is not None:
