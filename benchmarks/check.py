@@ -46,9 +46,13 @@ def timed(name: str, run: Callable[[], Any]) -> Any:
 def main(n: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["HF_DATASETS_CACHE"] = folder
-        from toolkit import check_data, check_pairs, check_resources, check_template, load_recipe
-        from toolkit.prepare import prepare
-        from toolkit.rundir import RunDirectory
+        from toolkit import load_recipe
+        from toolkit.checks import content as check_data
+        from toolkit.checks import needs as check_resources
+        from toolkit.checks import pairs as check_pairs
+        from toolkit.checks import template as check_template
+        from toolkit.records.rundir import RunDirectory
+        from toolkit.training.prepare import prepare
 
         rows = Path(folder) / "pairs.jsonl"
         make_pairs(rows, n)

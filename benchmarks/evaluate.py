@@ -15,9 +15,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from toolkit import chat, generate, heldout, model
-from toolkit.evaluate import Switched
-from toolkit.rundir import RunDirectory
+from toolkit.evaluation import generate, heldout
+from toolkit.evaluation.evaluate import Switched
+from toolkit.models import model
+from toolkit.records.rundir import RunDirectory
+from toolkit.rows import chat
 
 
 def main() -> None:

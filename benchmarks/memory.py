@@ -104,7 +104,11 @@ def one(setting: Setting, folder: Path) -> dict[str, Any]:
 
     import torch
 
-    from toolkit import dpo, estimate, load_recipe, model, prepare, run, rundir, trainer
+    from toolkit import load_recipe, run
+    from toolkit.models import model
+    from toolkit.records import rundir
+    from toolkit.resources import estimate
+    from toolkit.training import dpo, prepare, trainer
 
     warm = _recipe(replace(setting, dtype="float32", batch=2), QUICKSTART / "base", folder / "warm.jsonl")
     make_rows(folder / "warm.jsonl", setting.kind, 4, Lengths((4, 6), (4, 6)))

@@ -20,7 +20,7 @@ import torch
 
 MB = 1024**2
 START = """
-import re, sys, torch, transformers, toolkit.merge
+import re, sys, torch, transformers, toolkit.publishing.merge
 from pathlib import Path
 from peft import PeftModel
 def kilobytes(name):  # getrusage's figure would begin with that of the parent
@@ -31,7 +31,7 @@ END = """
 print("peak", (kilobytes("VmHWM") - before) * 1024)
 """
 TOOLKIT = """
-toolkit.merge.merge(sys.argv[1], output=sys.argv[2], verify=False, shard=int(sys.argv[3]))
+toolkit.publishing.merge.merge(sys.argv[1], output=sys.argv[2], verify=False, shard=int(sys.argv[3]))
 """
 PEFT = """
 base = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/base", dtype=torch.bfloat16)

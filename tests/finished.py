@@ -8,8 +8,8 @@ from typing import Any
 
 import toolkit
 from tests.conftest import messages, pairs, write_jsonl
-from toolkit.model import base_identity
-from toolkit.recipe import Recipe
+from toolkit.models.model import base_identity
+from toolkit.recipe.sections import Recipe
 
 
 @cache

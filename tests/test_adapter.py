@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import toolkit
 from tests.tiny import make_base
-from toolkit import adapter
+from toolkit.models import adapter
 
 IDS = torch.arange(5, 30)[None]
 

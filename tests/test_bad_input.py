@@ -9,7 +9,7 @@ import pytest
 import toolkit
 from tests.conftest import messages, pairs, write_jsonl
 from toolkit.cli import main
-from toolkit.rundir import storage
+from toolkit.records.rundir import storage
 
 GOOD = """\
 model:

@@ -12,11 +12,11 @@ import pytest
 from huggingface_hub import ModelCard
 
 from tests.hub_server import StandInHub
-from toolkit.card import base_licence, card, vllm_rank
-from toolkit.fields import field_defaults
-from toolkit.hub import push
-from toolkit.merge import merge
-from toolkit.recipe import Hub
+from toolkit.publishing.card import base_licence, card, vllm_rank
+from toolkit.publishing.hub import push
+from toolkit.publishing.merge import merge
+from toolkit.recipe.fields import field_defaults
+from toolkit.recipe.sections import Hub
 
 
 @pytest.fixture

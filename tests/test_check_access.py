@@ -15,8 +15,8 @@ import pytest
 SECRET = "hf_secretsecretsecretsecretsecretsecr"
 ASK = """
 import json, sys, time
-from toolkit.check_access import check_access
-from toolkit.load import load_recipe
+from toolkit.checks.access import check_access
+from toolkit.recipe.load import load_recipe
 began = time.monotonic()
 for f in check_access(load_recipe(sys.argv[1]), seconds=float(sys.argv[2])):
     print(json.dumps(f.as_dict()))

@@ -9,10 +9,13 @@ from tokenizers.processors import TemplateProcessing
 import toolkit
 from tests.conftest import write_jsonl
 from tests.tiny import CHATML, make_tokenizer
-from toolkit import check_data, check_pairs, check_template, data
+from toolkit.checks import content as check_data
+from toolkit.checks import pairs as check_pairs
+from toolkit.checks import template as check_template
 from toolkit.job import StageJob
-from toolkit.plan import Hardware, stage_plans
-from toolkit.trainer import optimizer_steps
+from toolkit.recipe.plan import Hardware, stage_plans
+from toolkit.rows import data
+from toolkit.training.trainer import optimizer_steps
 
 CPU = Hardware("cpu", bf16=False)
 TURN = "{% for m in messages %}<|im_start|>{{ m.role }}\n"

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 import toolkit
-from toolkit import checkpoints, lock
-from toolkit.progress import read_metrics
+from toolkit.records import lock
+from toolkit.training import checkpoints
+from toolkit.training.progress import read_metrics
 
 FILES = [
     "adapter_config.json",

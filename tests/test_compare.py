@@ -10,10 +10,10 @@ import pytest
 
 import toolkit
 from tests.test_report import Page, assert_self_contained
-from toolkit import settings
 from toolkit.cli import main
-from toolkit.compare import compare, diff, list_runs, results
-from toolkit.history import read_run
+from toolkit.pages import settings
+from toolkit.pages.compare import compare, diff, list_runs, results
+from toolkit.records.history import read_run
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import pytest
 import toolkit
 from tests.conftest import write_jsonl
 from tests.tiny import make_tokenizer
-from toolkit.data import StageData, prepare
-from toolkit.plan import Hardware, stage_plans
-from toolkit.trainer import optimizer_steps
+from toolkit.recipe.plan import Hardware, stage_plans
+from toolkit.rows.data import StageData, prepare
+from toolkit.training.trainer import optimizer_steps
 
 CPU = Hardware("cpu", bf16=False)
 Q, A, B = "what is the sun", "it is red", "no it is not"
@@ -146,7 +146,7 @@ def test_a_byte_order_mark(rows_of: Any, tmp_path: Path) -> None:
 
 
 def test_tools_reach_the_template(rows_of: Any) -> None:
-    from toolkit.chat import tokenize_prompt_completion
+    from toolkit.rows.chat import tokenize_prompt_completion
 
     tokenizer = make_tokenizer("{{ tools[0].name if tools }}{% for m in messages %}{{ m.content }}{% endfor %}")
     row = {"prompt": [USER], "completion": [ASSISTANT], "tools": '[{"name": "clock"}]'}
@@ -226,14 +226,14 @@ def test_the_planned_steps_are_the_trainers(
     stage["trainer"]["num_train_epochs"] = epochs
     result = toolkit.train(write(recipe), output=tmp_path / "run", stage="sft")
     plan = stage_plans(toolkit.load_recipe(write(recipe)), CPU)[0]
-    from toolkit.progress import read_metrics
+    from toolkit.training.progress import read_metrics
 
     last = read_metrics(result.output / "sft" / "metrics.jsonl")[-1]["step"]
     assert result.stages["sft"]["steps"] == optimizer_steps(rows, plan, CPU) == last
 
 
 def test_the_planned_steps_count_packed_rows(recipe: dict[str, Any], write: Any, tmp_path: Path) -> None:
-    from toolkit.progress import read_metrics
+    from toolkit.training.progress import read_metrics
 
     recipe["stages"][0]["trainer"] |= {"packing": True, "max_length": 80, "per_device_train_batch_size": 1}
     result = toolkit.train(write(recipe), output=tmp_path / "run", stage="sft")

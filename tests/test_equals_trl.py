@@ -12,7 +12,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import toolkit
 from tests.conftest import answers, messages, pairs, write_jsonl
-from toolkit.progress import read_metrics
+from toolkit.training.progress import read_metrics
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
 
@@ -100,9 +100,9 @@ def test_dpo_after_sft_equals_trl_with_the_merged_sft_model_as_reference(
 
 
 def test_sft_tokens_are_trls(recipe: dict[str, Any], write: Any, plain: Any, tmp_path: Path) -> None:
-    from toolkit.chat import load_tokenizer
-    from toolkit.data import prepare
-    from toolkit.plan import Hardware, stage_plans
+    from toolkit.recipe.plan import Hardware, stage_plans
+    from toolkit.rows.chat import load_tokenizer
+    from toolkit.rows.data import prepare
 
     both = [{"prompt": m["messages"][:1], "completion": m["messages"][1:]} for m in messages(12)]
     write_jsonl(tmp_path / "sft.jsonl", both)
@@ -121,9 +121,9 @@ def test_sft_tokens_are_trls(recipe: dict[str, Any], write: Any, plain: Any, tmp
 
 
 def test_dpo_tokens_are_trls(recipe: dict[str, Any], write: Any, plain: Any, tmp_path: Path) -> None:
-    from toolkit.chat import load_tokenizer
-    from toolkit.data import prepare
-    from toolkit.plan import Hardware, stage_plans
+    from toolkit.recipe.plan import Hardware, stage_plans
+    from toolkit.rows.chat import load_tokenizer
+    from toolkit.rows.data import prepare
 
     implicit = [{side: p["prompt"] + p[side] for side in ("chosen", "rejected")} for p in pairs(12)]
     write_jsonl(tmp_path / "dpo.jsonl", implicit)

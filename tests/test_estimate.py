@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from toolkit import estimate, fit, load_recipe, model
-from toolkit.division import Sharding
+from toolkit import load_recipe
 from toolkit.errors import RunError
-from toolkit.prepare import Prepared, prepare
-from toolkit.rundir import RunDirectory
+from toolkit.launching.division import Sharding
+from toolkit.models import model
+from toolkit.records.rundir import RunDirectory
+from toolkit.resources import estimate, fit
+from toolkit.training.prepare import Prepared, prepare
 
 
 @pytest.fixture

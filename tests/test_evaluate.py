@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import toolkit
 from tests.conftest import WORDS, answers, messages, pairs, write_jsonl
 from tests.tiny import make_base
-from toolkit import generate, measure
 from toolkit.cli import main
+from toolkit.evaluation import generate, measure
 from toolkit.run import evaluate_run
 
 

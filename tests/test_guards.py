@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 import toolkit
 from tests.conftest import pairs, write_jsonl
 from tests.test_resume import kill_at
-from toolkit.guards import LN2, Said, Seen, selection, tripped
-from toolkit.progress import read_metrics
-from toolkit.recipe import Guard
+from toolkit.recipe.sections import Guard
+from toolkit.training.guards import LN2, Said, Seen, selection, tripped
+from toolkit.training.progress import read_metrics
 
 CPU_2PROC = Path(__file__).parent.parent / "accelerate_configs" / "cpu_2proc.yaml"
 
@@ -204,7 +204,7 @@ def test_what_cannot_be_is_said_at_once(recipe: dict[str, Any], write: Any) -> N
 
 
 def test_the_stages_guard_stands_over_the_recipes(recipe: dict[str, Any], write: Any) -> None:
-    from toolkit.plan import Hardware, stage_plans
+    from toolkit.recipe.plan import Hardware, stage_plans
 
     recipe["guard"] = {"action": "stop", "kl": 0.3}
     recipe["stages"][1]["guard"] = "off"

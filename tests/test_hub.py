@@ -12,11 +12,11 @@ import yaml
 import toolkit
 from tests.conftest import write_recipe
 from tests.hub_server import ENDPOINT, Fault, StandInHub
-from toolkit import hub as hub_module
 from toolkit.cli import main
 from toolkit.errors import ProofError, RunError
-from toolkit.hub import Patience, push
-from toolkit.recipe import Hub
+from toolkit.publishing import hub as hub_module
+from toolkit.publishing.hub import Patience, push
+from toolkit.recipe.sections import Hub
 
 QUICK = Patience(timeout=2.0, attempts=3, first_wait=0.0, longest_wait=0.0)
 

@@ -13,9 +13,9 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 
-from toolkit import launch
 from toolkit.cli import main, parser
 from toolkit.errors import RunError
+from toolkit.launching import launch
 
 FOLDER = Path(__file__).parent.parent / "accelerate_configs"
 NAMES = [

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 import toolkit
-from toolkit.plan import Hardware, model_dtype, quantization, stage_plans
+from toolkit.recipe.plan import Hardware, model_dtype, quantization, stage_plans
 
 SMALL = """\
 model: {name_or_path: some/model}

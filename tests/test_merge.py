@@ -15,10 +15,10 @@ import toolkit
 from tests.finished import finished_run, pulled
 from tests.test_adapter import IDS, load, random_adapter
 from tests.tiny import make_base
-from toolkit.adapter import WEIGHTS, adapter_digest
 from toolkit.cli import main
-from toolkit.merge import _check_disk, merge
-from toolkit.saved_run import load_run
+from toolkit.models.adapter import WEIGHTS, adapter_digest
+from toolkit.publishing.merge import _check_disk, merge
+from toolkit.publishing.saved_run import load_run
 
 LINEAR = {"r": 4, "target_modules": "all-linear"}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}

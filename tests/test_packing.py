@@ -9,12 +9,12 @@ import torch
 import toolkit
 from tests.conftest import WORDS, write_jsonl
 from tests.tiny import make_base
-from toolkit.model import load_base
-from toolkit.packing import RowsOfDocuments
-from toolkit.prepare import prepare
-from toolkit.progress import read_metrics
-from toolkit.rundir import RunDirectory
-from toolkit.sft import build
+from toolkit.models.model import load_base
+from toolkit.models.packing import RowsOfDocuments
+from toolkit.records.rundir import RunDirectory
+from toolkit.training.prepare import prepare
+from toolkit.training.progress import read_metrics
+from toolkit.training.sft import build
 
 ROWS = [
     {"prompt": " ".join(WORDS[: 3 + i % 11]), "completion": " " + " ".join(WORDS[i % 7 : 9 + i % 5])} for i in range(16)

@@ -12,11 +12,11 @@ from trl import DPOConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from tests.tiny import SMALL, make_base, make_tokenizer
-from toolkit.adapter import StackedModel
-from toolkit.dpo import PairTrainer
-from toolkit.model import _keep_4bit_weights
-from toolkit.prefix import PairCollator, share_prefix
-from toolkit.prefix_check import reason_against, self_check
+from toolkit.models.adapter import StackedModel
+from toolkit.models.model import _keep_4bit_weights
+from toolkit.models.prefix import PairCollator, share_prefix
+from toolkit.models.prefix_check import reason_against, self_check
+from toolkit.training.dpo import PairTrainer
 
 NAMES = ("loss", "grad_norm", "num_tokens", "rewards/margins", "logps/chosen", "logps/rejected", "entropy")
 

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from tests.test_prefix import assert_equal, pair, trainer
-from toolkit.prefix import PairCollator
-from toolkit.prefix_check import reason_against, self_check
+from toolkit.models.prefix import PairCollator
+from toolkit.models.prefix_check import reason_against, self_check
 
 SMALL = {
     "vocab_size": 320,

@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerFast
 import toolkit
 from tests.conftest import messages, pairs, write_jsonl
 from tests.tiny import make_tokenizer
-from toolkit import preview, preview_rows
+from toolkit.checks import preview, preview_rows
 from toolkit.cli import main
 from toolkit.job import StageJob
-from toolkit.prepare import prepare
-from toolkit.rundir import RunDirectory
+from toolkit.records.rundir import RunDirectory
+from toolkit.training.prepare import prepare
 
 ROW_3 = "what is red all"
 
@@ -40,7 +40,8 @@ def shown(recipe: dict[str, Any], write: Any, capsys: pytest.CaptureFixture[str]
 
 
 def built_for(job: StageJob) -> Any:
-    from toolkit import dpo, model, sft
+    from toolkit.models import model
+    from toolkit.training import dpo, sft
 
     build: Any = sft.build if job.plan.type == "sft" else dpo.build
     built = build(job, model.load_base(job.recipe, job.hardware))

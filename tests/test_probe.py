@@ -8,11 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from toolkit import dpo, load_recipe, model, probe, run, trainer
+from toolkit import load_recipe, run
 from toolkit.errors import RunError
 from toolkit.job import StageJob
-from toolkit.prepare import prepare
-from toolkit.rundir import RunDirectory
+from toolkit.models import model
+from toolkit.records.rundir import RunDirectory
+from toolkit.training import dpo, probe, trainer
+from toolkit.training.prepare import prepare
 
 
 @pytest.fixture

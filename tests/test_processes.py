@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 import toolkit
 from tests.conftest import messages, pairs, write_jsonl
 from toolkit.errors import RunError
-from toolkit.processes import check_world
-from toolkit.progress import read_metrics
+from toolkit.launching.processes import check_world
+from toolkit.training.progress import read_metrics
 
 FAILS_ON = """
 import os, sys

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import toolkit
-from toolkit import adapter
-from toolkit.recipe import Recipe
+from toolkit.models import adapter
+from toolkit.recipe.sections import Recipe
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora", False])
@@ -27,10 +27,10 @@ def test_an_initialisation_that_moves_the_policy_fails_the_proof(
 
 def test_a_changed_base_fails_the_proof(recipe: dict[str, Any], write: Any, tmp_path: Path) -> None:
     """Policy and reference agree with each other, and both differ from the start model loaded on its own."""
-    from toolkit import dpo, proof
-    from toolkit.model import load_base
-    from toolkit.prepare import prepare
-    from toolkit.rundir import RunDirectory
+    from toolkit.models.model import load_base
+    from toolkit.records.rundir import RunDirectory
+    from toolkit.training import dpo, proof
+    from toolkit.training.prepare import prepare
 
     recipe["stages"] = recipe["stages"][1:]
     loaded = toolkit.load_recipe(write(recipe))
@@ -70,8 +70,8 @@ def test_nan_is_refused(recipe: dict[str, Any], write: Any, tmp_path: Path) -> N
 
 def test_a_reloaded_adapter_that_differs_is_refused(recipe: dict[str, Any], write: Any, tmp_path: Path) -> None:
     from toolkit import run
-    from toolkit.prepare import prepare
-    from toolkit.rundir import RunDirectory
+    from toolkit.records.rundir import RunDirectory
+    from toolkit.training.prepare import prepare
 
     loaded = toolkit.load_recipe(write(recipe))
     folder = toolkit.train(loaded, output=tmp_path / "run", stage="sft").output / "sft" / "adapter"

@@ -15,8 +15,8 @@ import toolkit
 from tests.conftest import pairs, write_jsonl
 from tests.tiny import CHATML, make_base
 from toolkit.cli import main
-from toolkit.grouping import LengthGrouped
-from toolkit.progress import read_metrics
+from toolkit.rows.grouping import LengthGrouped
+from toolkit.training.progress import read_metrics
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +119,7 @@ def damage(file: Path, how: str) -> None:
     elif how == "version":
         save_file(tensors, file, metadata={"version": "0"})
     elif how == "forged":  # other numbers, under a checksum that fits them
-        from toolkit.cache import VERSION, _checksum
+        from toolkit.training.cache import VERSION, _checksum
 
         tensors = {name: tensor + 3.0 for name, tensor in tensors.items()}
         save_file(tensors, file, metadata={"version": VERSION, "key": file.stem, "sha256": _checksum(tensors)})

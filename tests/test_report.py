@@ -13,9 +13,9 @@ import pytest
 
 import toolkit
 from tests.conftest import WORDS
-from toolkit import page, report
-from toolkit.history import read_run
-from toolkit.pictures import Line, Picture, draw, thinned
+from toolkit.pages import page, report
+from toolkit.pages.pictures import Line, Picture, draw, thinned
+from toolkit.records.history import read_run
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 HOSTILE = "</p><script>document.title='run'</script><img src=http://evil.example/x onerror=alert(1)>"
@@ -69,7 +69,7 @@ def assert_self_contained(file: Path) -> Page:
             value = attributes.get(name)
             assert value is None or value.startswith("#") or (tag, value) == ("link", "data:,")
     policy = next(a["content"] for t, a in found.elements if a.get("http-equiv") == "Content-Security-Policy")
-    assert policy == "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
     assert "url(" not in found.html.replace("url(#", "") and "@import" not in found.html
     ids = [a["id"] for _, a in found.elements if "id" in a]
     assert len(ids) == len(set(ids))

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import toolkit
-from toolkit.progress import read_metrics
+from toolkit.training.progress import read_metrics
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_a_stage_on_a_parent_that_was_replaced_runs_again(train: Any, tmp_path: 
 
 def test_an_unfinished_attempt_never_takes_the_place_of_a_result(train: Any, tmp_path: Path) -> None:
     """The result before last is kept while a changed stage is interrupted and started again."""
-    from toolkit.rundir import RunDirectory
+    from toolkit.records.rundir import RunDirectory
 
     train(stage="sft")
     run = RunDirectory(tmp_path / "run")
@@ -160,7 +160,7 @@ def test_a_stage_that_became_stale_is_not_delivered(
 
 
 def test_a_second_run_in_the_same_directory_is_refused(train: Any, tmp_path: Path) -> None:
-    from toolkit.rundir import RunDirectory
+    from toolkit.records.rundir import RunDirectory
 
     train(stage="sft")
     with (
@@ -201,9 +201,9 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_the_command_that_resumes(
 def test_another_number_of_processes_does_not_resume(recipe: dict[str, Any], write: Any, tmp_path: Path) -> None:
     from dataclasses import replace
 
-    from toolkit.plan import Hardware
-    from toolkit.prepare import attempt_key, prepare
-    from toolkit.rundir import RunDirectory
+    from toolkit.recipe.plan import Hardware
+    from toolkit.records.rundir import RunDirectory
+    from toolkit.training.prepare import attempt_key, prepare
 
     job = prepare(toolkit.load_recipe(write(recipe)), RunDirectory(tmp_path / "run")).jobs[0]
     assert attempt_key(job) != attempt_key(replace(job, hardware=Hardware("cpu", bf16=False, processes=2)))

@@ -10,9 +10,9 @@ from jsonschema import Draft202012Validator
 
 from tests.test_bad_recipes import FILES as BAD
 from toolkit.cli import main
-from toolkit.refused import LORA_REFUSED
-from toolkit.schema import recipe_schema, schema_text
-from toolkit.trainer_rules import refused
+from toolkit.recipe.refused import LORA_REFUSED
+from toolkit.recipe.schema import recipe_schema, schema_text
+from toolkit.recipe.trainer_rules import refused
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 FILES = sorted(RECIPES.rglob("*.yaml"))

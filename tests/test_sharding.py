@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import toolkit
-from toolkit import adapter, sharding
 from toolkit.errors import ModelError, ProofError, RunError, ToolkitError
-from toolkit.plan import Hardware, stage_plans
+from toolkit.models import adapter, sharding
+from toolkit.recipe.plan import Hardware, stage_plans
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
@@ -110,7 +110,7 @@ def test_an_adapter_is_gathered_from_a_sharded_model(
     adapter.save(model, tmp_path / "sharded", "base", gathered)
     plain, saved = (load_file(tmp_path / name / adapter.WEIGHTS) for name in ("plain", "sharded"))
     assert plain.keys() == saved.keys() and all(torch.equal(plain[name], saved[name]) for name in plain)
-    from toolkit.model import empty_base
+    from toolkit.models.model import empty_base
 
     expected = adapter.expected_shapes(empty_base(loaded), plan, None, "")
     sharding.check_gathered(saved, expected)
@@ -141,7 +141,7 @@ def test_a_sharded_run_of_one_process_is_proven_and_verified(
     recipe["model"]["dtype"] = "bfloat16"
     recipe["quantization"] = NF4 if config == "fsdp2_qlora" else None
     launched(write(recipe), tmp_path / "run", config, "--num-processes", "1")
-    from toolkit.rundir import RunDirectory
+    from toolkit.records.rundir import RunDirectory
 
     record = RunDirectory(tmp_path / "run").finished("dpo")
     assert record is not None

@@ -9,7 +9,7 @@ import torch
 
 import toolkit
 from tests.tiny import make_base
-from toolkit.progress import read_metrics
+from toolkit.training.progress import read_metrics
 
 NAMES = ("loss", "grad_norm", "rewards/margins", "logps/chosen", "logps/rejected", "entropy", "num_tokens")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from toolkit import signals
+from toolkit.launching import signals
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ from tests.finished import finished_run, pulled
 from tests.test_adapter import random_adapter
 from tests.tiny import make_base
 from toolkit.cli import main
-from toolkit.saved_run import load_run
-from toolkit.talk import Conversation, Sampling, Speaker, _side_by_side, plain, talk
+from toolkit.publishing.saved_run import load_run
+from toolkit.publishing.talk import Conversation, Sampling, Speaker, _side_by_side, plain, talk
 
 GREEDY = Sampling(greedy=True, max_new_tokens=12)
 

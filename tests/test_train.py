@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import toolkit
-from toolkit.progress import read_metrics
+from toolkit.training.progress import read_metrics
 
 
 def logits(base: Path, adapter: Path | None = None, **load: Any) -> torch.Tensor:

@@ -4,8 +4,8 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from toolkit.errors import DataError, ModelError, ProofError, RecipeError, RunError, ToolkitError
-from toolkit.load import load_recipe
-from toolkit.recipe import Recipe
+from toolkit.recipe.load import load_recipe
+from toolkit.recipe.sections import Recipe
 
 if TYPE_CHECKING:
     from toolkit.run import RunResult, compute_reference, evaluate_run, train

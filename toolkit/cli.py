@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from toolkit import launch, processes, signals
 from toolkit.errors import RunError, ToolkitError
+from toolkit.launching import launch, processes, signals
 from toolkit.wording import visible
 
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _answer_to(error: Exception) -> ToolkitError | None:
     """An error that is said without a traceback; `None` for a bug."""
-    from toolkit.rundir import exhausted
+    from toolkit.records.rundir import exhausted
 
     if isinstance(error, ToolkitError):
         return error
@@ -121,7 +121,7 @@ def _add_schema(commands: Any) -> None:
 
 
 def _schema(_: argparse.Namespace) -> int:
-    from toolkit.schema import schema_text
+    from toolkit.recipe.schema import schema_text
 
     print(schema_text(), end="")
     return 0
@@ -139,9 +139,9 @@ def _add_check(commands: Any) -> None:
 
 
 def _check(args: argparse.Namespace) -> int:
+    from toolkit.checks.told import Report
     from toolkit.errors import RecipeError
     from toolkit.findings import Finding
-    from toolkit.told import Report
 
     if args.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
@@ -155,7 +155,7 @@ def _check(args: argparse.Namespace) -> int:
         return report.finish()
     report.part("recipe", [])
     _quiet()
-    from toolkit.check import check
+    from toolkit.checks.check import check
 
     for title, found in check(recipe, report.stages, config, args.num_processes):
         report.part(title, found)
@@ -173,7 +173,7 @@ def _add_preview(commands: Any) -> None:
 def _preview(args: argparse.Namespace) -> int:
     recipe = _recipe(args)
     _quiet()
-    from toolkit.preview import preview
+    from toolkit.checks.preview import preview
 
     preview(recipe, args.stage, args.n, args.row)
     return 0
@@ -196,8 +196,8 @@ def _add_push(commands: Any) -> None:
 def _push(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from toolkit.hub import push
-    from toolkit.portable import hub_section
+    from toolkit.publishing.hub import push
+    from toolkit.records.portable import hub_section
 
     names = ("repo_id", "private", "stage", "revision", "tag", "create_pr", "verify")
     asked = {name: value for name in names if (value := getattr(args, name)) is not None}
@@ -215,7 +215,7 @@ def _add_pull(commands: Any) -> None:
 def _pull(args: argparse.Namespace) -> int:
     from pathlib import Path
 
-    from toolkit.hub import pull
+    from toolkit.publishing.hub import pull
 
     print(f"pulled: {pull(args.repo, Path(args.output) if args.output else None)}")
     return 0
@@ -236,7 +236,7 @@ def _add_merge(commands: Any) -> None:
 def _merge(args: argparse.Namespace) -> int:
     _check_run(args.run_directory)
     _quiet()
-    from toolkit.merge import merge
+    from toolkit.publishing.merge import merge
 
     merge(
         args.run_directory,
@@ -271,7 +271,7 @@ def _add_chat(commands: Any) -> None:
 def _chat(args: argparse.Namespace) -> int:
     _check_run(args.run_directory)
     _quiet()
-    from toolkit.talk import Sampling, talk
+    from toolkit.publishing.talk import Sampling, talk
 
     sampling = Sampling(
         args.greedy, args.temperature, args.top_p, args.top_k, max_new_tokens=args.max_new_tokens, seed=args.seed
@@ -328,7 +328,7 @@ def _report(args: argparse.Namespace) -> int:
         raise RunError("name a run directory, several to compare them, or --list DIR")
     if len(args.runs) == 1 and (args.sort or args.output):
         raise RunError("--sort and --output are for several runs; the page of one is RUN/report.html")
-    from toolkit import compare, report
+    from toolkit.pages import compare, report
 
     if args.list is not None:
         print(compare.list_runs(args.list))
@@ -348,8 +348,8 @@ def _add_diff(commands: Any) -> None:
 
 
 def _diff(args: argparse.Namespace) -> int:
-    from toolkit.compare import diff
-    from toolkit.load import load_recipe
+    from toolkit.pages.compare import diff
+    from toolkit.recipe.load import load_recipe
 
     # nothing is run or loaded here, so that both may ask for what training would have to be told to allow
     print(diff(*(load_recipe(file, args.overrides, True, True) for file in (args.recipe, args.other))))
@@ -397,7 +397,7 @@ def _check_run(path: str) -> None:
 
 def _recipe(args: argparse.Namespace) -> Any:
     """The recipe that is asked for, before torch is imported: a typo is answered at once."""
-    from toolkit.load import load_recipe
+    from toolkit.recipe.load import load_recipe
 
     return load_recipe(args.recipe, args.overrides, args.trust_remote_code, args.allow_pickle)
 

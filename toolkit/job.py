@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit.data import StageData
-from toolkit.plan import Hardware, StagePlan
-from toolkit.recipe import Recipe
+from toolkit.recipe.plan import Hardware, StagePlan
+from toolkit.recipe.sections import Recipe
+from toolkit.rows.data import StageData
 
 
 @dataclass(frozen=True)

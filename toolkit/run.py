@@ -12,29 +12,22 @@ from accelerate import PartialState
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from toolkit import (
-    adapter,
-    card,
-    check,
-    dpo,
-    evaluate,
-    hub,
-    model,
-    processes,
-    proof,
-    provenance,
-    report,
-    sft,
-    sharding,
-    trainer,
-)
-from toolkit.chat import first_line, load_tokenizer
+from toolkit.checks import check
 from toolkit.errors import ModelError, ProofError, RunError
+from toolkit.evaluation import evaluate
 from toolkit.findings import Finding
 from toolkit.job import StageJob
-from toolkit.load import load_recipe
-from toolkit.plan import stage_plans
-from toolkit.prepare import (
+from toolkit.launching import processes
+from toolkit.models import adapter, model, sharding
+from toolkit.pages import report
+from toolkit.publishing import card, hub
+from toolkit.recipe.load import load_recipe
+from toolkit.recipe.plan import stage_plans
+from toolkit.recipe.sections import Evaluate, Recipe, Source
+from toolkit.records.rundir import EVALUATION, FINDINGS, RunDirectory, default_output, read_json, storage, write_json
+from toolkit.rows.chat import load_tokenizer
+from toolkit.training import dpo, proof, provenance, sft, trainer
+from toolkit.training.prepare import (
     Prepared,
     attempt_key,
     check_parents,
@@ -45,9 +38,8 @@ from toolkit.prepare import (
     start_commit,
     state_of,
 )
-from toolkit.progress import say
-from toolkit.recipe import Evaluate, Recipe, Source
-from toolkit.rundir import EVALUATION, FINDINGS, RunDirectory, default_output, read_json, storage, write_json
+from toolkit.training.progress import say
+from toolkit.wording import first_line
 
 
 @dataclass(frozen=True)
@@ -159,7 +151,7 @@ def evaluate_run(
         trust_remote_code: Run the Python code of a base that has its own; a run may come from the Hub.
 
     Returns:
-        What stands in `evaluation.json` (see `toolkit.evaluate`); nothing on processes but the main one.
+        What stands in `evaluation.json` (see `toolkit.evaluation.evaluate`); nothing on processes but the main one.
 
     Raises:
         RunError: it is no run directory, or nothing in it is finished.

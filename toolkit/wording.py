@@ -67,3 +67,8 @@ def visible(text: str, marks: str = "") -> str:
         return c == "\n" or (unicodedata.category(c) not in UNSEEN and c not in marks)
 
     return text if text.isascii() and text.isprintable() else "".join(c if plain(c) else ascii(c)[1:-1] for c in text)
+
+
+def first_line(error: BaseException) -> str:
+    """The part of a library's error text worth repeating."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,1 @@
+"""What came out: answers, measures and comparisons on held-out rows."""

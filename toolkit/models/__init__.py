@@ -1,0 +1,1 @@
+"""Base and adapters: loaded, stacked, put together, shared between prompts, sharded."""

@@ -1,0 +1,1 @@
+"""After training: the card, the Hub, a merged model, a talk."""
