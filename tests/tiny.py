@@ -18,7 +18,7 @@ SMALL = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": True,
 }
-CHATML = (Path(__file__).parent.parent / "toolkit" / "templates" / "chatml.jinja").read_text(encoding="utf-8")
+CHATML = (Path(__file__).parent.parent / "toolkit" / "rows" / "templates" / "chatml.jinja").read_text(encoding="utf-8")
 
 
 def make_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:
