@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -108,6 +109,19 @@ toolkit.load_recipe("recipes/quickstart/sft_dpo_lora.yaml")
 assert not {HEAVY!r} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
+
+
+def test_training_starts_without_torchs_compiler_and_leaves_it_to_others() -> None:
+    code = """
+import os, sys, toolkit
+toolkit.train
+import torch
+assert "bitsandbytes" in sys.modules and "torch._inductor.compile_fx" not in sys.modules
+assert os.environ["TORCHDYNAMO_DISABLE"] == ""
+compiled = torch.compile(lambda x: x + 1, backend=lambda graph, inputs: lambda *given: (torch.full((1,), 7.0),))
+assert compiled(torch.zeros(1)).item() == 7.0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "TORCHDYNAMO_DISABLE": ""})
 
 
 @pytest.mark.parametrize("name", ["SFTConfig", "DPOConfig", "LoraConfig"])

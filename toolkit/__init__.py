@@ -35,6 +35,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """What brings torch and trl along is imported when it is first used."""
     if name in ("train", "compute_reference", "evaluate_run", "RunResult"):
+        from toolkit.models.kernels import import_bitsandbytes
+
+        import_bitsandbytes()
         from toolkit import run
 
         return getattr(run, name)

@@ -410,13 +410,16 @@ def _positive(text: str) -> int:
 
 
 def _quiet() -> None:
-    """Keep libraries from talking over the plan and the progress; their warnings and errors still show."""
+    """Import the heavy libraries, and keep them from talking over the plan; their warnings and errors still show."""
     import logging
     import warnings
+
+    from toolkit.models.kernels import import_bitsandbytes
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # optional kernels it does without
     warnings.filterwarnings("ignore", category=FutureWarning)  # of TRL about transformers, and of both about themselves
+    import_bitsandbytes()
     import datasets
     from transformers.utils import logging as transformers_logging
 
