@@ -18,7 +18,7 @@ from toolkit.evaluation import evaluate
 from toolkit.findings import Finding
 from toolkit.job import StageJob
 from toolkit.launching import processes
-from toolkit.models import adapter, model, sharding
+from toolkit.models import adapter, head, model, sharding
 from toolkit.pages import report
 from toolkit.publishing import card, hub
 from toolkit.recipe.load import load_recipe
@@ -90,7 +90,8 @@ def train(
         _record(prepared, run)
         _record_findings(run, findings)
         for job in jobs:
-            _run_stage(job, run, resume=states[job.plan.name] == "interrupted", probe=probe)
+            with head.small_tiles(prepared.hardware.device):
+                _run_stage(job, run, resume=states[job.plan.name] == "interrupted", probe=probe)
             _evaluate(prepared, run, [job])
         return _deliver(prepared, run)
 
@@ -125,9 +126,10 @@ def compute_reference(
             say(f"{job.plan.name}: reference, {job.plan.reference}")
             start = _start_logps(job)
             built = _build(job, model.load_base(job.recipe, job.hardware))
-            dpo.share_prompts(job, built)
-            dpo.prove(job, built, start)
-            dpo.take_reference(job, built)
+            with head.small_tiles(prepared.hardware.device):
+                dpo.share_prompts(job, built)
+                dpo.prove(job, built, start)
+                dpo.take_reference(job, built)
     return [job.plan.name for job in jobs]
 
 

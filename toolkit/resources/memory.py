@@ -20,10 +20,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from trl.trainer import add_fused_lm_head
 
+from toolkit.models.head import TILE, small_tiles
 from toolkit.models.prefix import IDS, backbone_of, causal_of, share_prefix
 
 FEW, MORE = 2, 4  # layers that are run; the others are like them
-HEAD_TILE = (4096, 32_768)  # tokens x vocabulary that TRL 1.16 projects at a time, on every device
 
 
 @dataclass(frozen=True)
@@ -154,9 +154,10 @@ def _step(model: Any, inputs: dict[str, Any], live: Live, run: Run) -> Pass:
 
     handle = backbone_of(model).register_forward_hook(head_begins)
     try:
-        log_probs = _log_probs(model, inputs, run)
-        if run.training:
-            log_probs.sum().backward()
+        with small_tiles("cuda" if run.cuda else "cpu"):
+            log_probs = _log_probs(model, inputs, run)
+            if run.training:
+                log_probs.sum().backward()
     finally:
         handle.remove()
     head, peak = live.peak.get("head", kept), max(live.peak.values())
@@ -195,7 +196,7 @@ class _CudaHead(torch.autograd.Function):
 
     @staticmethod
     def tile(ctx: Any, hidden: torch.Tensor) -> torch.Tensor:
-        tokens, words = min(hidden.shape[0], HEAD_TILE[0]), min(ctx.vocabulary, HEAD_TILE[1])
+        tokens, words = min(hidden.shape[0], TILE[0]), min(ctx.vocabulary, TILE[1])
         return hidden.new_empty((tokens, words), dtype=ctx.dtype)
 
 
