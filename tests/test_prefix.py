@@ -307,3 +307,22 @@ def test_nothing_is_known_against_a_llama_with_lora() -> None:
     model = get_peft_model(llama(), lora())
     assert isinstance(model, PeftModel)
     assert reason_against(model) is None
+
+
+@pytest.mark.gpu
+def test_under_flex_attention_gradients_are_sdpas_and_new_lengths_compile_nothing() -> None:
+    from torch._dynamo.utils import counters
+
+    shapes, graphs, gradients = [(90, 50, 60), (99, 61, 47), (120, 70, 80), (150, 41, 90)], [], []
+    for attention in ("sdpa", "flex_attention"):
+        model = llama(attn_implementation=attention, hidden_size=64, head_dim=16).cuda()
+        share_prefix(model)
+        for i, shape in enumerate(shapes):
+            batch = {name: tensor.cuda() for name, tensor in PairCollator(0)([pair(*shape, seed=i)] * (2 + i)).items()}
+            completion = batch.pop("completion_mask").bool()
+            hidden = model.base_model(**batch, use_cache=False).last_hidden_state
+            hidden[completion].square().sum().backward()
+            graphs.append(counters["frames"]["ok"])
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
+    assert graphs[-1] == graphs[-3] > graphs[0]  # one for the first length, and one for all others
