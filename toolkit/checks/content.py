@@ -16,7 +16,8 @@ from toolkit.findings import Finding, Level
 from toolkit.job import StageJob
 from toolkit.recipe.sections import Recipe
 from toolkit.rows import chat, formats
-from toolkit.rows.data import EMPTY, NO_ASSISTANT, NO_ROOM, SourceRows, load_numbered, talks
+from toolkit.rows.data import EMPTY, NO_ASSISTANT, NO_ROOM, SourceRows, talks
+from toolkit.rows.loading import load_numbered
 
 Numbers = np.ndarray[Any, Any]
 READ_AT_MOST = 100_000  # rows whose text is read; tokens are counted in all rows

@@ -9,7 +9,7 @@ from datasets import Dataset
 from toolkit.errors import DataError, ModelError
 from toolkit.recipe.plan import Hardware, StagePlan, digest, stage_plans
 from toolkit.recipe.sections import Recipe, Source
-from toolkit.rows import chat, data
+from toolkit.rows import chat, data, loading
 from toolkit.rows.formats import Row, for_template, prompt_of, to_preference
 
 PROMPTS_OF_EVAL_DATA = 100  # at most so many are answered where the recipe names no prompts of its own
@@ -90,7 +90,7 @@ def _parts(recipe: Recipe, at: tuple[str | int, ...], sources: list[Source], lim
         where, source = recipe.where(*at, i, "path"), asked
         if limit is not None:
             source = asked.model_copy(update={"limit": min(limit, asked.limit or limit), "fraction": None})
-        parts.append(_Part(source, where, data.load_source(source, where, recipe.seed)))
+        parts.append(_Part(source, where, loading.load_numbered(source, where, recipe.seed)[0]))
     return parts
 
 

@@ -1,10 +1,6 @@
-"""Data sources to token ids: load, draw, recognise, convert, tokenize, count. Nothing is dropped silently."""
+"""Rows of data sources to token ids: recognise, convert, tokenize, count. Nothing is dropped silently."""
 
-import csv
-import difflib
 import hashlib
-import random
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,9 +19,9 @@ from toolkit.recipe.plan import StagePlan
 from toolkit.recipe.sections import Recipe, Source
 from toolkit.rows import chat, formats
 from toolkit.rows.formats import Row, recognise, to_preference, to_sft
+from toolkit.rows.loading import load_numbered, origin
 from toolkit.wording import first_line
 
-BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _TOKENS, _FACTS = datasets.List(datasets.Value("int64")), ("length", "supervised", "merged")
 _TOLD = {"status": datasets.Value("string")} | dict.fromkeys(_FACTS, datasets.Value("int64"))
 IDS = {
@@ -113,33 +109,6 @@ def prepare(recipe: Recipe, plan: StagePlan, tokenizer: Any) -> StageData:
     )
 
 
-def load_source(source: Source, where: str, seed: int) -> Dataset:
-    """The rows of one source, renamed and drawn, with their own columns otherwise; see `load_numbered`."""
-    return load_numbered(source, where, seed)[0]
-
-
-def load_numbered(source: Source, where: str, seed: int) -> tuple[Dataset, Sequence[int]]:
-    """The rows of one source, renamed and drawn, and the number that each has in the source, counted from 0.
-
-    Raises:
-        DataError: nothing there, not readable, empty, or a renamed column that is missing.
-    """
-    rows = _load(source, where)
-    for ours, theirs in source.columns.items():
-        if theirs not in rows.column_names:
-            raise DataError(f"{where}: columns: {ours}: {theirs} is not a column; found {', '.join(rows.column_names)}")
-        if ours != theirs and ours in rows.column_names:
-            rows = rows.remove_columns(ours)
-        rows = rows if ours == theirs else rows.rename_column(theirs, ours)
-    if len(rows) == 0:
-        raise DataError(f"{where}: {source.path!r} has no rows in split {source.split!r}")
-    wanted = min(source.limit or len(rows), round(len(rows) * (source.fraction or 1)) or 1)
-    if wanted == len(rows):
-        return rows, range(len(rows))
-    numbers = sorted(random.Random(seed).sample(range(len(rows)), wanted))
-    return rows.select(numbers), numbers
-
-
 def tokenize(rows: Dataset, source: Source, plan: StagePlan, tokenizer: Any, where: str) -> Dataset:
     """Rows of one source as the token ids that the stage would train on; rows it would drop are left out.
 
@@ -162,44 +131,6 @@ def content_digest(rows: Dataset) -> str:
     return sha.hexdigest()
 
 
-# --- loading ---------------------------------------------------------------------------------------------------------
-
-
-def _load(source: Source, where: str) -> Dataset:
-    path = Path(source.path)
-    builder = next((BUILDERS[s] for s in reversed(path.suffixes) if s in BUILDERS), None)
-    if (builder or path.is_absolute()) and not path.exists():
-        raise DataError(f"{where}: no such file: {source.path}{_nearby(path)}")
-    name, files = (builder, source.path) if builder and path.is_file() else (source.path, source.data_files)
-    try:
-        rows = datasets.load_dataset(
-            name,
-            name=source.name,
-            data_files=files,
-            split=source.split,
-            revision=source.revision,
-            **(_as_text(path) if name == "csv" and path.suffix == ".csv" else {}),
-        )
-    except Exception as error:  # every builder raises its own; all of them mean that this source cannot be read
-        cause = error.__cause__ or error
-        raise DataError(f"{where}: {source.path!r} cannot be read: {first_line(cause)}") from error
-    return rows
-
-
-def _as_text(path: Path) -> dict[str, Any]:
-    """CSV has no types: an answer "42" is text, and so is "NA"."""
-    with path.open(newline="", encoding="utf-8-sig") as stream:
-        names = next(csv.reader(stream), [])
-    features = datasets.Features({name: datasets.Value("string") for name in names})
-    return {"features": features, "keep_default_na": False, "encoding": "utf-8-sig"}
-
-
-def _nearby(path: Path) -> str:
-    files = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, files, n=1)
-    return f"; did you mean '{near[0]}'?" if near else ""
-
-
 # --- tokenizing and counting -----------------------------------------------------------------------------------------
 
 
@@ -220,7 +151,7 @@ def _tokenized(
         if set(became) - {KEPT, TRUNCATED}:  # rows that are picked out are read more slowly ever after
             kept = tokens.filter(lambda s: s in (KEPT, TRUNCATED), input_columns="status")
         parts.append(kept.remove_columns(list(_TOLD)))
-        told.append(SourceRows(where, shape, rows, numbers, _origin(source, rows), tokens))
+        told.append(SourceRows(where, shape, rows, numbers, origin(source, rows), tokens))
     train = concatenate_datasets(parts)
     dropped = {reason: n for reason, n in status.items() if reason not in (KEPT, TRUNCATED)}
     if len(train) == 0:
@@ -228,15 +159,6 @@ def _tokenized(
         raise DataError(f"{recipe.where('stages', plan.index, key)}: no row is left to train on ({reasons})")
     tokens, supervised = _count_tokens(train, plan.type)
     return train, Counts(len(train), tokens, supervised, status[TRUNCATED], dropped), told
-
-
-def _origin(source: Source, rows: Dataset) -> dict[str, Any]:
-    """What was drawn from a source. `datasets` keeps a Hub data set in a cache folder named by its commit."""
-    found: dict[str, Any] = {"rows": len(rows), "local": Path(source.path).exists()}
-    folder = Path(rows.cache_files[0]["filename"]).parent.name if rows.cache_files else ""
-    if not found["local"] and re.fullmatch(r"[0-9a-f]{40}", folder):
-        found["commit"] = folder
-    return found
 
 
 def _map(rows: Dataset, shape: str, plan: StagePlan, tokenizer: Any, where: str, *, numbers: Sequence[int]) -> Dataset:
