@@ -76,7 +76,7 @@ def test_a_defect_in_the_recipe(answer: Any, old: str, new: str, expected: str) 
         ("dpo.jsonl", "blank.jsonl", "recipe.yaml:15: stages[1].data: no row is left to train on (1 empty answer)"),
         ("dtype: float32", "chat_template: chatm", "recipe.yaml:3: model.chat_template: no template is named 'chatm'"),
         ("r: 4", "target_modules: [q_prj]", "recipe.yaml:5: lora.target_modules: Target modules {{'q_prj'}} not found in the base model."),
-        ("beta: 0.1", "report_to: tensorboard", "recipe.yaml:16: stages[1].trainer: TensorBoardCallback requires tensorboard"),
+        ("beta: 0.1", "report_to: clearml", "recipe.yaml:16: stages[1].trainer: ClearMLCallback requires 'clearml' to be installed"),
     ],
 )  # fmt: skip
 def test_a_defect_in_what_the_recipe_names(answer: Any, tmp_path: Path, old: str, new: str, expected: str) -> None:

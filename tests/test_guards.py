@@ -36,8 +36,17 @@ QUIET: dict[str, Any] = {
 }
 
 
-def test_a_healthy_run_is_quiet() -> None:
-    assert tripped(Seen(**QUIET), GUARD) == []
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"margins": [(20, 1.0, 4.0), (30, 1.0, 6.0), (40, 1.0, 6.0)]},
+        {"margins": [(20, 0.9, 4.0), (40, 1.0, 6.0)]},
+        {"margins": [(40, 1.0, 6.0)]},
+    ],
+)
+def test_a_healthy_run_is_quiet(change: dict[str, Any]) -> None:
+    assert tripped(Seen(**QUIET | change), GUARD) == []
 
 
 @pytest.mark.parametrize(
@@ -54,6 +63,12 @@ def test_a_healthy_run_is_quiet() -> None:
             "50% of its answers end by themselves, of the reference's 100%",
         ),
         ({"margins": [(20, 1.0, 4.0), (40, 1.0, 6.0)]}, "margin", 6.0, "still grows, from 4.0 to 6.0"),
+        (
+            {"margins": [(10, 0.9, 1.0), (20, 1.0, 4.6), (30, 1.0, 4.9), (40, 1.0, 5.2)]},
+            "margin",
+            5.2,
+            "is 1.00 since step 20 and the margin still grows, from 4.6 to 5.2",
+        ),
     ],
 )
 def test_each_bound_is_said_with_its_number(change: dict[str, Any], guard: str, number: float, said: str) -> None:

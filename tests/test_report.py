@@ -4,6 +4,8 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from toolkit.pages.pictures import Line, Picture, draw, thinned
 from toolkit.records.history import read_run
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-HOSTILE = "</p><script>document.title='run'</script><img src=http://evil.example/x onerror=alert(1)>"
+HOSTILE = "</p><script>document.title='hacked'</script><img src=http://evil.example/x onerror=alert(1)>"
 
 
 class Page(HTMLParser):
@@ -307,20 +309,46 @@ def test_the_templates_of_pages_are_no_chat_templates(recipe: dict[str, Any], wr
     assert "compare.html" not in str(caught.value)
 
 
-def test_a_browser_draws_the_page_without_a_complaint(run: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def browse(tmp_path: Path) -> Callable[..., str]:
+    """Open a page in headless Chromium and return what it prints. It has to have no complaint."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip(f"none of {', '.join(BROWSERS)} is installed")
-    change(run / "evaluation.json", samples=[{"prompt": WORDS[0], "answers": {"base": HOSTILE, "sft": "x"}}])
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     command += ["--enable-logging=stderr", "--hide-scrollbars", "--window-size=400,4000"]
-    picture, address = tmp_path / "page.png", report.write(run).as_uri()
-    shown = subprocess.run(
-        [*command, f"--screenshot={picture}", address], check=True, capture_output=True, text=True, timeout=120
-    )
-    assert "CONSOLE" not in shown.stderr  # errors, and requests that the page's policy refused, are reported there
+
+    def open_(file: Path, *flags: str) -> str:
+        shown = subprocess.run(
+            [*command, *flags, file.as_uri()], check=True, capture_output=True, text=True, timeout=120
+        )
+        assert "CONSOLE" not in shown.stderr  # errors, and requests that the page's policy refused, are reported there
+        return shown.stdout
+
+    return open_
+
+
+@pytest.mark.parametrize(("dark", "paper"), [(False, (255, 255, 255)), (True, (20, 23, 26))])
+def test_a_browser_draws_the_page_light_and_dark(
+    run: Path, tmp_path: Path, browse: Callable[..., str], dark: bool, paper: tuple[int, int, int]
+) -> None:
+    scheme = ["--blink-settings=preferredColorScheme=0"] if dark else []
+    browse(report.write(run), f"--screenshot={tmp_path / 'page.png'}", *scheme)
     from PIL import Image
 
-    with Image.open(picture) as image:
+    with Image.open(tmp_path / "page.png") as image:
         colours = image.convert("RGB").getcolors(image.width * image.height)
+    assert max(colours)[1] == paper
     assert len(colours) > 50  # curves, marks and text in their own colours, with soft edges
+
+
+def test_on_a_phone_nothing_is_cut_off_and_what_a_model_says_is_text(run: Path, browse: Callable[..., str]) -> None:
+    change(run / "evaluation.json", samples=[{"prompt": WORDS[0], "answers": {"base": HOSTILE, "sft": "x" * 500}}])
+    html = report.write(run).read_text(encoding="utf-8")
+    policy = re.search(r"<meta http-equiv[^>]*>", html)
+    assert policy is not None
+    measure = """<script>parent.document.title = `${document.title}: ${document.documentElement.scrollWidth} pixels,
+        ${document.querySelectorAll("script, img").length} script`</script>"""
+    inside = escape(html.replace(policy[0], "") + measure)
+    (run / "phone.html").write_text(f'<title>-</title><iframe width=360 srcdoc="{inside}"></iframe>', encoding="utf-8")
+    assert re.search(r"<title>run: 360 pixels,\s+1 script</title>", browse(run / "phone.html", "--dump-dom"))

@@ -20,7 +20,7 @@ A summary holds, each measured one as `{value, low, high, n}` with a 95 % bootst
     kl                    KL(model || reference) on the model's own samples, in nats per token; see `kl_divergences`
     greedy, sampled       {tokens, stopped, empty, loops, repetition, distinct_1, distinct_2, distinct_3}
     scores                {title: share}
-    lm_eval               {task: {metric: value}}, as the harness has it
+    lm_eval               {task: {metric: number}}, as the harness names them
 
 What cannot be measured (no pairs, no reference) is `null`.
 """
@@ -28,14 +28,13 @@ What cannot be measured (no pairs, no reference) is `null`.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 
-from toolkit.evaluation import generate, heldout, measure
+from toolkit.evaluation import generate, harness, heldout, measure
 from toolkit.evaluation.heldout import HeldOut
 from toolkit.models import adapter, model
 from toolkit.recipe.plan import Hardware, digest, model_dtype, quantization
@@ -111,9 +110,10 @@ def evaluate(
         What stands in `evaluation.json`.
 
     Raises:
-        DataError, ModelError: as `heldout.read`.
+        DataError, ModelError: as `heldout.read` and `harness.check`.
     """
     assert recipe.evaluate is not None
+    harness.check(recipe)
     held = heldout.read(recipe, hardware, tokenizer, limit)
     base = model.base_identity(recipe)
     keys = {c.name: _key(recipe, hardware, base, held, c) for c in contenders}
@@ -144,8 +144,9 @@ def contenders_of(recipe: Recipe, run: RunDirectory, starts: dict[str, Path | No
 
 
 def check(recipe: Recipe, hardware: Hardware, tokenizer: Any) -> None:
-    """Read the held-out rows, so that what is wrong with them is said before anything is trained."""
+    """Read the held-out rows and look for tasks, so that what is wrong with them is said before anything is trained."""
     heldout.read(recipe, hardware, tokenizer)
+    harness.check(recipe)
 
 
 def table(evaluation: dict[str, Any]) -> str:
@@ -193,7 +194,7 @@ class _Meter:
                 GREEDY: measure.degeneration(greedy, self.seed),
                 SAMPLED: measure.degeneration(sampled, self.seed),
                 "scores": self._scores(texts[GREEDY]),
-                "lm_eval": self._harness(loaded),
+                "lm_eval": harness.results(self.settings, loaded, self.tokenizer, self.seed),
             }
         return {"summary": summary, "answers": texts, "rewards": rewards}
 
@@ -263,16 +264,6 @@ class _Meter:
         )
         return measure.ratio(sums, [len(continuation) for _, continuation in said], self.seed)
 
-    def _harness(self, loaded: Any) -> dict[str, Any] | None:
-        if not self.settings.lm_eval:
-            return None
-        lm_eval = import_module("lm_eval")  # an extra, looked for by `heldout.read` before anything is measured
-        wrapped = import_module("lm_eval.models.huggingface").HFLM(
-            pretrained=loaded, tokenizer=self.tokenizer, batch_size=self.settings.batch_size
-        )
-        found = lm_eval.simple_evaluate(model=wrapped, tasks=self.settings.lm_eval, random_seed=self.seed)
-        return dict(found["results"])
-
 
 def _key(recipe: Recipe, hardware: Hardware, base: dict[str, str], held: HeldOut, contender: Contender) -> str:
     assert recipe.evaluate is not None
@@ -287,9 +278,10 @@ def _key(recipe: Recipe, hardware: Hardware, base: dict[str, str], held: HeldOut
             "reference": contender.reference,
             "beta": contender.beta,
             "held_out": held.digest,
-            "settings": recipe.evaluate.model_dump(exclude={"data", "samples", "batch_size"}),
+            "settings": recipe.evaluate.model_dump(exclude={"data", "samples", "batch_size", "include_path"}),
             "seed": recipe.seed,
         }
+        | harness.identity(recipe.evaluate)
     )
 
 

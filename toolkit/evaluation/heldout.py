@@ -1,7 +1,6 @@
 """Held-out rows as evaluation sees them: prompts to answer, answers with labels, pairs to compare."""
 
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from typing import Any
 
 from datasets import Dataset
@@ -50,7 +49,7 @@ def read(recipe: Recipe, hardware: Hardware, tokenizer: Any, limit: int | None =
 
     Raises:
         DataError: there are none, or they lack a column or a value that is asked for.
-        ModelError: prompts are messages and there is no chat template; `lm_eval` tasks without the package.
+        ModelError: prompts are messages and there is no chat template.
     """
     assert recipe.evaluate is not None
     plans = stage_plans(recipe, hardware)
@@ -97,10 +96,6 @@ def _parts(recipe: Recipe, at: tuple[str | int, ...], sources: list[Source], lim
 def _check(recipe: Recipe, own: list[_Part], tokenizer: Any) -> None:
     assert recipe.evaluate is not None
     scores = recipe.evaluate.scores.values()
-    if recipe.evaluate.lm_eval and find_spec("lm_eval") is None:
-        raise ModelError(
-            f"{recipe.where('evaluate', 'lm_eval')}: lm-evaluation-harness is not installed; pip install lm-eval"
-        )
     for part in own:
         columns = part.rows.column_names
         needed = {score.needs for score in scores if score.needs}

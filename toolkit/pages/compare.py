@@ -8,7 +8,7 @@ from pathlib import Path
 from toolkit.errors import RunError
 from toolkit.pages import page, settings
 from toolkit.pages.pictures import Line, Picture, draw
-from toolkit.pages.report import PANELS, STEPS, leaves, summaries
+from toolkit.pages.report import STEPS, leaves, panels, summaries
 from toolkit.recipe.sections import Recipe
 from toolkit.records.history import PastStage, Run, drawable, find_runs, number, read_run, series
 from toolkit.records.rundir import storage, write_text
@@ -98,23 +98,14 @@ def _html(runs: list[Run], names: list[str], found: list[dict[str, float]], key:
     came_out = {metric: values for metric, values in settings.differing(found).items() if TELLING.search(metric)}
     if key is not None:
         came_out = {key: [one.get(key) for one in found], **came_out}
-    cells = {name: settings.tails(values) for name, values in chosen.items()}
     drawn = [draw(picture, png=False) for picture in pictures(runs[:DRAWN], names)]
-    rows = [
-        {
-            "name": name,
-            "settings": [values[i] for values in cells.values()],
-            "results": [_cell(metric, values[i]) for metric, values in came_out.items()],
-        }
-        for i, name in enumerate(names)
-    ]
     return page.render(
         "compare",
         title=f"{len(runs)} runs",
         order=f"sorted by {key}, best first" if key else "in the order given",
-        settings=[name.replace("stages.", "", 1) for name in cells],
-        results=list(came_out),
-        rows=rows,
+        names=names,
+        settings={name.replace("stages.", "", 1): settings.tails(values) for name, values in chosen.items()},
+        results={metric: [_cell(metric, value) for value in values] for metric, values in came_out.items()},
         left_out=max(len(runs) - DRAWN, 0),
         pictures=[(one.picture.name, page.element(one)) for one in drawn],
     )
@@ -128,7 +119,7 @@ def pictures(runs: list[Run], names: list[str]) -> list[Picture]:
             stages.setdefault(stage.name, []).append((i, stage))
     found = []
     for number_, (name, those) in enumerate(stages.items()):
-        for panel, title, unit, keys in PANELS:
+        for panel, title, unit, keys in panels([stage for _, stage in those]):
             for label, key, *_ in keys:
                 lines = [Line(names[i], series(stage.lines, key), i, i // 8) for i, stage in those]
                 lines = [line for line in lines if drawable(line.points)]

@@ -131,7 +131,14 @@ def _fill(figure: Any, picture: Picture) -> None:
     drawn = [_shape(axes, shape, most) for shape in picture.shapes]
     if len(drawn) > 1 and any(shape.label for shape in picture.shapes):
         labels = [_label(shape.label) for shape in picture.shapes]
-        axes.legend(drawn, labels, frameon=False, fontsize=7, loc="best" if most > BUDGET // 8 else "upper right")
+        place: dict[str, Any] = {"loc": "best" if most > BUDGET // 8 else "upper right"}
+        if any(isinstance(shape, Bars) for shape in picture.shapes):  # bars leave no room but above them
+            place = {"loc": "upper right", "ncols": len(labels)}
+            axes.set_ylim(top=1.2 * axes.get_ylim()[1])
+        axes.legend(drawn, labels, frameon=False, fontsize=7, **place)
+    if picture.y.startswith("share of"):
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, -0.02), min(high, 1.02))
 
 
 def _shape(axes: Any, shape: Line | Bars, most: int) -> Any:

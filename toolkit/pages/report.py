@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ PAGE, PICTURES = "report.html", "report"
 STEPS = "optimizer steps"
 SAMPLES, FINDINGS = 40, 100  # shown at most
 # name, title, unit, and what is drawn: label, TRL's name, colour, style
-PANELS: tuple[tuple[str, str, str, tuple[tuple[str, str, int, int], ...]], ...] = (
+Panel = tuple[str, str, str, tuple[tuple[str, str, int, int], ...]]
+PANELS: tuple[Panel, ...] = (
     ("loss", "Loss", "nats", (("training", "loss", 0, 0), ("held-out", "eval_loss", 1, 1))),
     (
         "margin",
@@ -103,18 +104,26 @@ def html(run: Run, drawn: dict[str, list[Drawn]]) -> str:
     return text
 
 
-def pictures(stage: PastStage) -> list[Picture]:
-    """What can be drawn of a stage: a panel for everything that was logged, and histograms."""
-    prefix = re.sub(r"[^\w.-]", lambda found: f"_{ord(found[0]):x}_", stage.name)
-    logged = {key for line in stage.lines for key in line}
+def panels(stages: Sequence[PastStage]) -> list[Panel]:
+    """What may be drawn of stages that go by one name."""
+    logged = {key for stage in stages for line in stage.lines for key in line}
     kl = tuple(
         ("held-out" if key.startswith("eval") else "training", key, i, i)
         for i, key in enumerate(sorted(key for key in logged if re.search(r"(^|[/_])kl$", key)))
     )
+    of_two_answers = any(stage.type == "dpo" for stage in stages)  # where the accuracy of tokens says little
+    return [
+        panel
+        for panel in (*PANELS, ("kl", "KL to the reference", "nats per token", kl))
+        if not (of_two_answers and panel[0] == "token-accuracy")
+    ]
+
+
+def pictures(stage: PastStage) -> list[Picture]:
+    """What can be drawn of a stage: a panel for everything that was logged, and histograms."""
+    prefix = re.sub(r"[^\w.-]", lambda found: f"_{ord(found[0]):x}_", stage.name)
     found = []
-    for name, title, unit, keys in (*PANELS, ("kl", "KL to the reference", "nats per token", kl)):
-        if name == "token-accuracy" and stage.type == "dpo":  # of two answers at once, that says little
-            continue
+    for name, title, unit, keys in panels([stage]):
         lines = [Line(label, series(stage.lines, key), colour, style) for label, key, colour, style in keys]
         lines = [line for line in lines if drawable(line.points)]
         if lines:

@@ -187,7 +187,15 @@ class Evaluate(Strict):
     samples: int = Field(3, ge=0)
     """How many prompts are printed with the answers below them."""
     lm_eval: list[str] = []
-    """Tasks of EleutherAI's lm-evaluation-harness; it must be installed."""
+    """Tasks of EleutherAI's lm-evaluation-harness, which is an extra: `pip install lm-eval`."""
+    include_path: str | None = None
+    """Folder with tasks of your own for `lm_eval`, as the harness reads them."""
+
+    @model_validator(mode="after")
+    def _tasks_of_the_folder_are_named(self) -> "Evaluate":
+        if self.include_path is not None and not self.lm_eval:
+            raise ValueError("include_path is ignored without lm_eval; name the tasks there, or remove it")
+        return self
 
 
 class Hub(Strict):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from toolkit.recipe.sections import Guard
@@ -145,14 +146,14 @@ def _stopped(seen: Seen, guard: Guard) -> _Found:
 
 
 def _saturated(seen: Seen, guard: Guard) -> _Found:
-    if len(seen.margins) < 2:
+    full = list(takewhile(lambda one: one[1] >= SATURATED, reversed(seen.margins)))  # the latest first
+    if len(full) < 2 or full[0][2] <= max(guard.margin, full[1][2], GROWING * full[-1][2]):
         return None
-    (_, before, earlier), (_, now, margin) = seen.margins[-2:]
-    if min(before, now) < SATURATED or margin <= guard.margin or margin < GROWING * earlier:
-        return None
+    (_, accuracy, margin), (since, _, earlier) = full[0], full[-1]
     which = "held-out pairs" if seen.held_out else "training pairs"
     text = (
-        f"the reward accuracy on {which} is {now:.2f} and the margin still grows, from {earlier:.1f} to {margin:.1f} "
+        f"the reward accuracy on {which} is {accuracy:.2f} since step {since} and the margin still grows, from "
+        f"{earlier:.1f} to {margin:.1f} "
         f"(bound {guard.margin:g}): there is nothing left to learn from these pairs, and more steps only move the "
         f"policy away; train fewer epochs or raise beta"
     )

@@ -1,12 +1,10 @@
 """What SFT and DPO share around TRL's trainers: their arguments, and running one to its end or to a signal."""
 
 import math
-import sys
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
-from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from toolkit.errors import ModelError, RunError
@@ -15,7 +13,7 @@ from toolkit.launching import signals
 from toolkit.launching.processes import from_main
 from toolkit.recipe.plan import Hardware, StagePlan
 from toolkit.records.rundir import storage
-from toolkit.training import checkpoints, nonfinite
+from toolkit.training import checkpoints, nonfinite, trackers
 from toolkit.training.probe import Probe, explained
 from toolkit.training.progress import Metrics, Progress, say
 from toolkit.wording import first_line
@@ -35,17 +33,14 @@ def arguments(config_class: Any, job: StageJob, **own: Any) -> Any:
         RunError: one process sees several GPUs.
     """
     settings = {key: value for key, value in job.plan.trainer.items() if key not in APPLIED_TO_ROWS}
-    settings.setdefault(
-        "run_name", f"{job.folder.parent.name}-{job.plan.name}"
-    )  # trackers sort stages of a run together
+    settings.setdefault("run_name", trackers.run_name(job))
     if job.hardware.device == "cpu":
         settings["use_cpu"] = True  # TrainingArguments sets the process group up anew, and must find it there
         settings.setdefault("dataloader_pin_memory", False)
     try:
         output_dir = str(job.folder / checkpoints.FOLDER)
         args = config_class(output_dir=output_dir, seed=job.recipe.seed, disable_tqdm=True, **{**settings, **own})
-        for tracker in get_reporting_integration_callbacks(args.report_to):
-            tracker()  # says whether its package is installed
+        trackers.check(args.report_to)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise ModelError(f"{job.where('trainer')}: {first_line(error)}") from None
     if args.n_gpu > 1:
@@ -97,16 +92,14 @@ def fit(trainer: Any, job: StageJob, probe: bool = True) -> dict[str, float]:
         trainer.add_callback(Probe(trainer, job))
     trainer.job = job
     start = _resume_from(job)
-    others_run = _wandb_run()
-    try:
-        with storage(job.folder), explained(job), signals.noted() as note:
-            stop = StopAtStep(note)
-            trainer.add_callback(stop)
-            result = trainer.train(resume_from_checkpoint=start)
-    finally:
-        progress.close()
-        if others_run is None and _wandb_run() is not None:
-            sys.modules["wandb"].finish()
+    with trackers.own_run(trainer, job):
+        try:
+            with storage(job.folder), explained(job), signals.noted() as note:
+                stop = StopAtStep(note)
+                trainer.add_callback(stop)
+                result = trainer.train(resume_from_checkpoint=start)
+        finally:
+            progress.close()
     if stop.agreed:
         raise signals.Stopped(stop.agreed, _kept(trainer, job))
     nonfinite.check_end(trainer, job)
@@ -126,11 +119,6 @@ def _resume_from(job: StageJob) -> str | None:
 def _kept(trainer: Any, job: StageJob) -> str:
     good, _ = checkpoints.newest(job.folder / checkpoints.FOLDER)
     return f"after step {trainer.state.global_step} of {job.plan.name}; " + (f"kept in {good}" if good else "none kept")
-
-
-def _wandb_run() -> Any:
-    """The open run of wandb, if there is one: transformers leaves it open, and the next stage would log into it."""
-    return getattr(sys.modules.get("wandb"), "run", None)
 
 
 def optimizer_steps(rows: int, plan: StagePlan, hardware: Hardware) -> int:
