@@ -1,36 +1,56 @@
 """Runs of the command line as forked children of one process that has imported everything, killed where a test says."""
 
+import contextlib
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+MOUNTED = 'mount -t tmpfs -o size=32m none "$0" && exec "$@"'
+
 
 class Forks:
-    """One process that forks; each run costs its own work and no import."""
+    """One process that forks; each run costs its own work and no import.
 
-    def __init__(self) -> None:
-        command = [sys.executable, __file__]
+    Args:
+        folder: Becomes a small disk of its own, for these runs only, where this system lets a user mount one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        apart = ["unshare", "-rm", "sh", "-c", MOUNTED, str(folder)]
+        try:
+            may = subprocess.run([*apart, "true"], check=False, capture_output=True).returncode == 0
+        except FileNotFoundError:
+            may = False
+        command = [*(apart if may else []), sys.executable, __file__]
         env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        self.disk = folder if may else None
+        self.seen = Path(f"/proc/{self.process.pid}/root{folder}")
+        """The disk's content, as it is seen from here."""
 
-    def run(self, *arguments: str, kill_at: tuple[str, str] | None = None, **env: str) -> tuple[int, str]:
-        """Run `toolkit ARGUMENTS`.
+    def run(self, *arguments: str, at: tuple[str, str] = ("", ""), then: str = "kill", **env: str) -> tuple[int, str]:
+        """Run `toolkit ARGUMENTS`, and let something befall it.
 
         Args:
-            kill_at: SIGKILL to itself: `("print", line)`, when a line that starts so is printed; else at the first
-                audit event of this name one of whose paths ends so, which is before what it announces happens.
+            at: `("print", line)`, when a line that starts so is printed; else the first audit event of this name one of
+                whose paths ends so, which is before what it announces happens.
+            then: `kill`: SIGKILL. `fill`: the disk is full from there on. `open`: no further file can be opened.
             env: Environment variables.
 
         Returns:
             Exit code, -9 where it was killed, and what it printed.
         """
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps([arguments, kill_at, env]) + "\n")
+        self.process.stdin.write(json.dumps([arguments, at, then, str(self.disk), env]) + "\n")
         self.process.stdin.flush()
         code, said = json.loads(self.process.stdout.readline())
         return code, said
@@ -42,15 +62,15 @@ class Forks:
 
 
 class Printed(io.TextIOWrapper):
-    """Standard output that kills its process after a line."""
+    """Standard output that calls back after a line."""
 
-    fatal = ""
+    line, then = "", staticmethod(lambda: None)
 
     def write(self, text: str) -> int:
         written = super().write(text)
-        if self.fatal and text.strip().startswith(self.fatal):
+        if self.line and text.strip().startswith(self.line):
             self.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
+            self.then()
         return written
 
 
@@ -62,27 +82,35 @@ def serve() -> None:
 
     assert toolkit.run
     for order in sys.stdin:
-        arguments, kill_at, env = json.loads(order)
+        arguments, at, then, disk, env = json.loads(order)
         with tempfile.TemporaryFile("w+") as log:
             child = os.fork()
             if child == 0:
                 os.environ.update(env)
-                work(main, arguments, kill_at, log.fileno())
+                for standard in (1, 2):
+                    os.dup2(log.fileno(), standard)
+                listen(*at, {"kill": kill, "fill": partial(fill, disk), "open": open_no_more}[then])
+                work(main, arguments)
             _, status = os.waitpid(child, 0)
             log.seek(0)
             print(json.dumps([os.waitstatus_to_exitcode(status), log.read()]), flush=True)
 
 
-def work(main: Any, arguments: list[str], kill_at: list[str] | None, log: int) -> None:
-    import traceback
-
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+def listen(event: str, at: str, then: Callable[[], None]) -> None:
     sys.stdout = Printed(io.FileIO(1, "w", closefd=False), write_through=True)
-    if kill_at is not None and kill_at[0] == "print":
-        sys.stdout.fatal = kill_at[1]
-    elif kill_at is not None:
-        sys.addaudithook(lambda event, args: fell(event, args, *kill_at))
+    if event == "print":
+        sys.stdout.line, sys.stdout.then = at, then
+    elif event:
+        waiting = [then]
+        sys.addaudithook(lambda e, args: waiting.pop()() if waiting and e == event and names(args, at) else None)
+
+
+def names(args: Any, at: str) -> bool:
+    reads = len(args) > 1 and args[1] in ("r", "rb")
+    return not reads and any(isinstance(arg, str | Path) and str(arg).endswith(at) for arg in args)
+
+
+def work(main: Callable[[list[str]], int], arguments: list[str]) -> None:
     code = 1
     try:
         code = main(arguments)
@@ -93,11 +121,18 @@ def work(main: Any, arguments: list[str], kill_at: list[str] | None, log: int) -
     os._exit(code)
 
 
-def fell(event: str, args: Any, fatal: str, path: str) -> None:
-    if event == fatal and any(isinstance(arg, str | Path) and str(arg).endswith(path) for arg in args):
-        if event == "open" and args[1] == "r":
-            return
-        os.kill(os.getpid(), signal.SIGKILL)
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fill(disk: str) -> None:
+    with Path(disk, "ballast").open("wb", buffering=0) as ballast, contextlib.suppress(OSError):
+        while True:
+            ballast.write(b"x" * 4096)
+
+
+def open_no_more() -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,8 +103,8 @@ def command(file: Path, output: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    forks = Forks()
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    forks = Forks(tmp_path_factory.mktemp("disk"))
     yield forks
     forks.close()
 
@@ -144,19 +145,68 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     forks: Forks, uninterrupted: tuple[Path, Path], tmp_path: Path, event: str, at: str, resumes: str
 ) -> None:
     (file, whole), output, own = uninterrupted, tmp_path / "killed", {"TOOLKIT_CACHE": str(tmp_path / "cache")}
-    assert forks.run(*command(file, output), kill_at=(event, at), **own)[0] == -signal.SIGKILL
+    assert forks.run(*command(file, output), at=(event, at), **own)[0] == -signal.SIGKILL
     assert_what_looks_finished_is_whole(output)
     code, said = forks.run(*command(file, output), **own)
     assert code == 0, said
     assert f"resumes from {resumes}" in said if resumes else "resumes from" not in said
     for name in ("sft/adapter", "dpo/adapter", "adapter"):
-        bits = [(run / name / "adapter_model.safetensors").read_bytes() for run in (whole, output)]
-        assert bits[0] == bits[1]
+        assert adapter_bits(output, name) == adapter_bits(whole, name)
     for stage in ("sft", "dpo"):
         steps = [[line["step"] for line in read_metrics(run / stage / "metrics.jsonl")] for run in (whole, output)]
         assert steps[0] == steps[1]
         assert sorted(p.name for p in (output / stage).iterdir()) == sorted(p.name for p in (whole / stage).iterdir())
     assert sorted(p.name for p in output.iterdir()) == sorted(p.name for p in whole.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("event", "at", "resumes"),
+    [
+        ("os.mkdir", "dpo/checkpoints/.partial/checkpoint-4", "checkpoint-2"),  # before its adapter
+        ("os.remove", "dpo/checkpoints/.partial/checkpoint-4/README.md", "checkpoint-2"),  # after it
+        ("os.mkdir", "dpo/adapter.partial", "checkpoint-6"),
+        ("open", "dpo/.stage.json.partial", "checkpoint-6"),
+        ("os.mkdir", "run/adapter.partial", ""),
+    ],
+)
+def test_a_full_disk_ends_a_run_that_goes_on_to_the_same_bits_when_there_is_room(
+    forks: Forks, uninterrupted: tuple[Path, Path], event: str, at: str, resumes: str
+) -> None:
+    if forks.disk is None:
+        pytest.skip("needs a system that lets a user mount a disk (unshare -rm)")
+    (file, whole), output = uninterrupted, forks.seen / "run"
+    shutil.rmtree(output, ignore_errors=True)
+    own = {"TOOLKIT_CACHE": str(whole.parent / "cache")}
+    code, said = forks.run(*command(file, forks.disk / "run"), at=(event, at), then="fill", **own)
+    errors = [line for line in said.splitlines() if line.startswith("error")]
+    assert (code, len(errors)) == (2, 1), said
+    assert ": the disk is full; free some space or choose another --output, then run the same command" in errors[0]
+    assert "Traceback" not in said
+    assert_what_looks_finished_is_whole(output)
+    assert (output / "sft" / "stage.json").exists()
+    (forks.seen / "ballast").unlink()
+    code, said = forks.run(*command(file, forks.disk / "run"), **own)
+    assert code == 0, said
+    assert f"resumes from {resumes}" in said if resumes else "resumes from" not in said
+    assert adapter_bits(output) == adapter_bits(whole)
+    assert sorted(p.name for p in output.iterdir()) == sorted(p.name for p in whole.iterdir())
+
+
+def test_a_limit_on_open_files_ends_a_run_that_goes_on_to_the_same_bits(
+    forks: Forks, uninterrupted: tuple[Path, Path], tmp_path: Path
+) -> None:
+    (file, whole), own = uninterrupted, {"TOOLKIT_CACHE": str(uninterrupted[0].parent / "cache")}
+    code, said = forks.run(*command(file, tmp_path / "run"), at=("print", "dpo 3/"), then="open", **own)
+    assert code == 2
+    assert "error: " in said and "run/dpo: too many open files; raise `ulimit -n`" in said and "Traceback" not in said
+    assert_what_looks_finished_is_whole(tmp_path / "run")
+    code, said = forks.run(*command(file, tmp_path / "run"), **own)
+    assert (code, "resumes from checkpoint-2" in said) == (0, True)
+    assert adapter_bits(tmp_path / "run") == adapter_bits(whole)
+
+
+def adapter_bits(run: Path, name: str = "adapter") -> bytes:
+    return (run / name / "adapter_model.safetensors").read_bytes()
 
 
 def assert_what_looks_finished_is_whole(output: Path) -> None:
@@ -243,8 +293,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_the_command_that_resumes(
     assert process.wait() == code
     assert list((tmp_path / "run" / "sft" / "checkpoints").glob("checkpoint-[345]"))
     toolkit.train(file, output=tmp_path / "run")
-    bits = [(run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (whole, tmp_path / "run")]
-    assert bits[0] == bits[1]
+    assert adapter_bits(tmp_path / "run") == adapter_bits(whole)
 
 
 def test_another_number_of_processes_does_not_resume(recipe: dict[str, Any], write: Any, tmp_path: Path) -> None:
