@@ -44,6 +44,7 @@ class Forks:
             at: `("print", line)`, when a line that starts so is printed; else the first audit event of this name one of
                 whose paths ends so, which is before what it announces happens.
             then: `kill`: SIGKILL. `fill`: the disk is full from there on. `open`: no further file can be opened.
+                `memory`: 16 MB are left.
             env: Environment variables.
 
         Returns:
@@ -89,7 +90,9 @@ def serve() -> None:
                 os.environ.update(env)
                 for standard in (1, 2):
                     os.dup2(log.fileno(), standard)
-                listen(*at, {"kill": kill, "fill": partial(fill, disk), "open": open_no_more}[then])
+                listen(
+                    *at, {"kill": kill, "fill": partial(fill, disk), "open": open_no_more, "memory": take_memory}[then]
+                )
                 work(main, arguments)
             _, status = os.waitpid(child, 0)
             log.seek(0)
@@ -133,6 +136,11 @@ def fill(disk: str) -> None:
 
 def open_no_more() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+
+
+def take_memory() -> None:
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 16 * 2**20, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
 if __name__ == "__main__":

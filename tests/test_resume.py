@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,13 +99,6 @@ def test_an_unfinished_attempt_never_takes_the_place_of_a_result(train: Any, tmp
 
 def command(file: Path, output: Path) -> list[str]:
     return ["train", str(file), "--output", str(output)]
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    forks = Forks(tmp_path_factory.mktemp("disk"))
-    yield forks
-    forks.close()
 
 
 @pytest.fixture(scope="module")

@@ -38,6 +38,7 @@ from toolkit.training.prepare import (
     start_commit,
     state_of,
 )
+from toolkit.training.probe import told, work
 from toolkit.training.progress import say
 from toolkit.wording import first_line
 
@@ -124,7 +125,7 @@ def compute_reference(
         for job in jobs:
             say(f"{job.plan.name}: reference, {job.plan.reference}")
             start = _start_logps(job)
-            built = _build(job, model.load_base(job.recipe, job.hardware))
+            built = _build(job, _load(job))
             dpo.share_prompts(job, built)
             dpo.prove(job, built, start)
             dpo.take_reference(job, built)
@@ -179,7 +180,8 @@ def evaluate_run(
     }
     with run.held():
         contenders = evaluate.contenders_of(recipe, run, starts)
-        found = evaluate.evaluate(recipe, hardware, tokenizer, run, contenders, limit=limit)
+        with told("evaluate: measuring base and stages"):
+            found = evaluate.evaluate(recipe, hardware, tokenizer, run, contenders, limit=limit)
         write_json(run.path / EVALUATION, found)
     say(evaluate.table(found))
     return found
@@ -270,7 +272,7 @@ def _train_stage(job: StageJob, run: RunDirectory, resume: bool, probe: bool) ->
     record["start_commit"] = start_commit(job)
     record["provenance"] = provenance.provenance(job.recipe.file, job.hardware.processes)
     start = _start_logps(job) if plan.type == "dpo" else None
-    built = _build(job, model.load_base(job.recipe, job.hardware, to_shard=True))
+    built = _build(job, _load(job, to_shard=True))
     if start is not None:
         record["prefix_sharing"] = dpo.share_prompts(job, built)
         say(f"  prefix sharing {record['prefix_sharing']}")
@@ -292,7 +294,7 @@ def _train_stage(job: StageJob, run: RunDirectory, resume: bool, probe: bool) ->
     record["trainer_args"] = built.args.to_dict()
     partial = job.folder / "adapter.partial"
     if sharding.is_sharded() or state.is_main_process:  # every process holds a part of a sharded model
-        record["policy_logps"] = proof.completion_logps(built.model, proof.first_sequences(job))
+        record["policy_logps"] = _logps_of(job, built.model)
     gathered = sharding.gathered(built.model)
     if state.is_main_process:
         with storage(run.path):
@@ -306,9 +308,15 @@ def _prove(job: StageJob, built: Any, start: Any, record: dict[str, Any]) -> Non
     say(f"  proof: {proven}")
 
 
+@work("loading the base")
+def _load(job: StageJob, to_shard: bool = False) -> Any:
+    return model.load_base(job.recipe, job.hardware, to_shard)
+
+
 def _build(job: StageJob, base: Any) -> Any:
     try:
-        return sft.build(job, base) if job.plan.type == "sft" else dpo.build(job, base)
+        with told(f"{job.plan.name}: creating the adapter"):
+            return sft.build(job, base) if job.plan.type == "sft" else dpo.build(job, base)
     except (ValueError, RuntimeError, ImportError) as error:  # how TRL and transformers refuse settings
         raise ModelError(f"{job.where('trainer')}: {first_line(error)}") from error
 
@@ -323,6 +331,7 @@ def _start_logps(job: StageJob) -> Any:
     return processes.from_main(_logps_of_start(job) if PartialState().is_main_process else None)
 
 
+@work("measuring the model it starts from")
 def _logps_of_start(job: StageJob) -> Any:
     loaded: Any = model.load_base(job.recipe, job.hardware)
     if job.start is not None:
@@ -331,6 +340,11 @@ def _logps_of_start(job: StageJob) -> Any:
     del loaded
     trainer.release()
     return logps
+
+
+@work("measuring the trained policy")
+def _logps_of(job: StageJob, trained: Any) -> Any:
+    return proof.completion_logps(trained, proof.first_sequences(job))
 
 
 def _save(trained: PeftModel, job: StageJob, folder: Path, gathered: Any) -> None:
@@ -346,6 +360,7 @@ def _save(trained: PeftModel, job: StageJob, folder: Path, gathered: Any) -> Non
     job.tokenizer.save_pretrained(str(folder))
 
 
+@work("verifying the saved adapter")
 def _verify(job: StageJob, folder: Path, policy_logps: Any) -> float:
     """Load the saved adapter as anyone would, and compare it with the policy that was trained.
 
@@ -369,7 +384,8 @@ def _evaluate(prepared: Prepared, run: RunDirectory, jobs: list[StageJob]) -> An
     recipe, evaluation = prepared.recipe, None
     if recipe.evaluate is not None and PartialState().is_main_process:
         contenders = evaluate.contenders_of(recipe, run, {job.plan.name: job.start for job in jobs})
-        evaluation = evaluate.evaluate(recipe, prepared.hardware, prepared.tokenizer, run, contenders)
+        with told("evaluate: measuring base and stages"):
+            evaluation = evaluate.evaluate(recipe, prepared.hardware, prepared.tokenizer, run, contenders)
         trainer.release()
     return evaluation
 
