@@ -105,10 +105,10 @@ def one(setting: Setting, folder: Path) -> dict[str, Any]:
     import torch
 
     from toolkit import load_recipe, run
-    from toolkit.models import model
+    from toolkit.models import head, model
     from toolkit.records import rundir
     from toolkit.resources import estimate
-    from toolkit.training import dpo, prepare, trainer
+    from toolkit.training import dpo, prepare, stage, trainer
 
     warm = _recipe(replace(setting, dtype="float32", batch=2), QUICKSTART / "base", folder / "warm.jsonl")
     make_rows(folder / "warm.jsonl", setting.kind, 4, Lengths((4, 6), (4, 6)))
@@ -124,15 +124,16 @@ def one(setting: Setting, folder: Path) -> dict[str, Any]:
     torch.empty(0)
     before = _status("VmRSS")
     _reset_peak()
-    start = run._start_logps(job) if setting.kind == "dpo" else None
-    built = run._build(job, model.load_base(loaded, job.hardware))
-    if start is not None:
-        dpo.share_prompts(job, built)
-        dpo.prove(job, built, start)
-        dpo.take_reference(job, built)
-    prepared = _status("VmHWM") - before
-    _reset_peak()
-    trainer.fit(built, job)
+    start = stage.start_logps(job) if setting.kind == "dpo" else None
+    built = stage.build(job, model.load_base(loaded, job.hardware))
+    with head.small_tiles("cpu"):
+        if start is not None:
+            dpo.share_prompts(job, built)
+            dpo.prove(job, built, start)
+            dpo.take_reference(job, built)
+        prepared = _status("VmHWM") - before
+        _reset_peak()
+        trainer.fit(built, job)
     loop = _status("VmHWM") - before
     found = estimate.estimate(job, model.empty_base(loaded))
     return {

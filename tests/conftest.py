@@ -3,6 +3,7 @@
 import os
 import tempfile
 
+from tests.forks import Forks
 from tests.hub_server import ENDPOINT, StandInHub
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -107,6 +108,14 @@ def write(tmp_path: Path) -> Callable[..., Path]:
         return file
 
     return _write
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Runs of the command line that cost no import, and what may befall them."""
+    forks = Forks(tmp_path_factory.mktemp("disk"))
+    yield forks
+    forks.close()
 
 
 @pytest.fixture(scope="session")

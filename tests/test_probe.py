@@ -6,14 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
+from tests.conftest import pairs, write_jsonl
+from tests.forks import Forks
+from tests.tiny import make_base
 from toolkit import load_recipe, run
 from toolkit.errors import RunError
 from toolkit.job import StageJob
 from toolkit.models import model
 from toolkit.records.rundir import RunDirectory
-from toolkit.training import dpo, probe, trainer
+from toolkit.training import dpo, probe, stage, trainer
 from toolkit.training.prepare import prepare
 
 
@@ -33,7 +37,7 @@ def jobs(recipe: dict[str, Any], write: Callable[..., Path], tmp_path: Path) -> 
 
 def built_for(job: StageJob) -> Any:
     torch.manual_seed(0)
-    built = run._build(job, model.load_base(job.recipe, job.hardware))
+    built = stage.build(job, model.load_base(job.recipe, job.hardware))
     if job.plan.type == "dpo":
         dpo.share_prompts(job, built)
         dpo.take_reference(job, built)
@@ -107,6 +111,43 @@ def test_out_of_memory_while_training_names_the_last_checkpoint(jobs: dict[str, 
     out_of_memory_at(built, 3)
     with pytest.raises(RunError, match="while training; the last checkpoint is checkpoint-2"):
         trainer.fit(built, job)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe of DPO and an evaluation on a base whose weights and passes take tens of megabytes."""
+    folder = tmp_path_factory.mktemp("wide")
+    base = make_base(folder / "base", intermediate_size=60_000, num_hidden_layers=1)
+    trainer = {"per_device_train_batch_size": 4, "gradient_checkpointing": False, "max_steps": 2}
+    trainer |= {"logging_steps": 1, "save_strategy": "no"}
+    stage = {"type": "dpo", "data": str(write_jsonl(folder / "dpo.jsonl", pairs(4))), "trainer": trainer}
+    held = [{"prompt": "what is the sun", "answer": "red"}]
+    evaluate = {"data": str(write_jsonl(folder / "held.jsonl", held)), "max_new_tokens": 2}
+    evaluate["scores"] = {"right": {"column": "answer"}}
+    model, lora = {"name_or_path": str(base), "dtype": "float32"}, {"r": 4, "target_modules": ["q_proj"]}
+    recipe = {"model": model, "lora": lora, "stages": [stage], "evaluate": evaluate}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder / "recipe.yaml"
+
+
+@pytest.mark.parametrize(
+    ("event", "at", "said"),
+    [
+        ("print", "dpo: dpo", "error: dpo: measuring the model it starts from: out of memory: "),
+        ("print", "proof: ", "error: dpo: computing the reference log-probs: out of memory: "),
+        ("print", "dpo 1/", "stages[0]: out of memory on cpu while training, no checkpoint yet: "),
+        ("os.mkdir", "dpo/adapter.partial", "error: dpo: verifying the saved adapter: out of memory: "),
+        ("print", "saved, reloaded", "error: evaluate: measuring base and stages: out of memory: "),
+    ],
+)
+def test_memory_that_runs_out_is_said_with_stage_and_work(
+    forks: Forks, wide: Path, tmp_path: Path, event: str, at: str, said: str
+) -> None:
+    command = ["train", str(wide), "--output", str(tmp_path / "run")]
+    code, printed = forks.run(*command, at=(event, at), then="memory", TOOLKIT_CACHE=str(tmp_path / "cache"))
+    assert code == 2, printed
+    assert said in printed and "Traceback" not in printed
+    assert printed.count("\nerror") == 1
 
 
 def test_other_errors_are_not_taken_for_out_of_memory(jobs: dict[str, StageJob], tmp_path: Path) -> None:

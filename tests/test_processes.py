@@ -24,6 +24,15 @@ from toolkit.cli import main
 sys.exit(main(sys.argv[2:]))
 """
 
+ON_ONE_GPU = """
+import os, sys
+import torch
+os.environ["LOCAL_RANK"] = "0"  # as on two machines: both take the first GPU
+torch.distributed.init_process_group("gloo")  # NCCL refuses two processes on one GPU; accelerate keeps what is there
+from toolkit.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
 
 def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "toolkit", *arguments]
@@ -91,6 +100,34 @@ def test_a_signal_ends_two_processes_after_one_step_and_they_resume(
         for folder in (one.output, tmp_path / "two")
     ]
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_two_processes_on_one_gpu_train_what_one_does(recipe: dict[str, Any], write: Any, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "sft.jsonl", messages(16))
+    write_jsonl(tmp_path / "dpo.jsonl", pairs(16))
+    for stage in recipe["stages"]:
+        stage["trainer"]["learning_rate"] = 1e-3
+    one = toolkit.train(write(recipe), output=tmp_path / "one")
+    for stage in recipe["stages"]:
+        stage["trainer"]["per_device_train_batch_size"] = 2
+    script = tmp_path / "on_one_gpu.py"
+    script.write_text(ON_ONE_GPU)
+    file = Path(__file__).parent.parent / "accelerate_configs" / "ddp.yaml"
+    command = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", str(file)]
+    command += ["--num_processes", "2", "--main_process_port", "0", str(script)]
+    command += ["train", str(write(recipe)), "--output", str(tmp_path / "two")]
+    own = {"CUDA_VISIBLE_DEVICES": "0", "TOOLKIT_CACHE": str(tmp_path / "cache")}
+    own |= {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | own, check=False, timeout=400)
+    assert done.returncode == 0, done.stderr
+    assert ", 2 processes, seed 7" in done.stdout
+    for stage in one.stages:
+        metrics = [read_metrics(out / stage / "metrics.jsonl") for out in (one.output, tmp_path / "two")]
+        losses = [torch.tensor([line["loss"] for line in lines if "loss" in line]) for lines in metrics]
+        torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-4)
+    weights = [load_file(out / "adapter" / "adapter_model.safetensors") for out in (one.output, tmp_path / "two")]
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])

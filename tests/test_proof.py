@@ -69,12 +69,12 @@ def test_nan_is_refused(recipe: dict[str, Any], write: Any, tmp_path: Path) -> N
 
 
 def test_a_reloaded_adapter_that_differs_is_refused(recipe: dict[str, Any], write: Any, tmp_path: Path) -> None:
-    from toolkit import run
     from toolkit.records.rundir import RunDirectory
+    from toolkit.training import stage
     from toolkit.training.prepare import prepare
 
     loaded = toolkit.load_recipe(write(recipe))
     folder = toolkit.train(loaded, output=tmp_path / "run", stage="sft").output / "sft" / "adapter"
     prepared = prepare(loaded, RunDirectory(tmp_path / "run"))
     with pytest.raises(toolkit.ProofError, match="differs from the trained policy"):
-        run._verify(prepared.jobs[0], folder, torch.zeros(4))
+        stage.verify(prepared.jobs[0], folder, torch.zeros(4))

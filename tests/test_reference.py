@@ -1,9 +1,10 @@
 """Reference log-probs: cached by meaning, equal to those of every step, and never able to change a result."""
 
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,14 @@ import toolkit
 from tests.conftest import pairs, write_jsonl
 from tests.tiny import CHATML, make_base
 from toolkit.cli import main
+from toolkit.job import StageJob
+from toolkit.launching.signals import Stopped
+from toolkit.models import model
+from toolkit.records.rundir import RunDirectory
 from toolkit.rows.grouping import LengthGrouped
+from toolkit.training import dpo, reference
+from toolkit.training.cache import NAMES, key, read_parts, write_part
+from toolkit.training.prepare import prepare
 from toolkit.training.progress import read_metrics
 
 
@@ -119,10 +127,11 @@ def damage(file: Path, how: str) -> None:
     elif how == "version":
         save_file(tensors, file, metadata={"version": "0"})
     elif how == "forged":  # other numbers, under a checksum that fits them
-        from toolkit.training.cache import VERSION, _checksum
+        from toolkit.training.cache import NAMES, ROWS, VERSION, _checksum
 
-        tensors = {name: tensor + 3.0 for name, tensor in tensors.items()}
-        save_file(tensors, file, metadata={"version": VERSION, "key": file.stem, "sha256": _checksum(tensors)})
+        tensors = {name: tensors[name] + 3 * (name in NAMES) for name in (ROWS, *NAMES) if name in tensors}
+        about = {"version": VERSION, "key": file.name.strip(".").split(".")[0], "sha256": _checksum(tensors)}
+        save_file(tensors, file, metadata=about)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +154,98 @@ def test_a_bad_entry_is_computed_again_and_changes_nothing(
     assert again.count(said) == again.count("; computed again") == 2
     assert adapter_of(tmp_path) == good
     assert train() == FOUND
+
+
+@pytest.fixture
+def job(recipe: dict[str, Any], write: Any, tmp_path: Path) -> StageJob:
+    """DPO on the base: 12 pairs in six batches of the reference pass."""
+    recipe["stages"] = recipe["stages"][1:]
+    recipe["stages"][0]["trainer"]["per_device_train_batch_size"] = 1
+    return prepare(toolkit.load_recipe(write(recipe)), RunDirectory(tmp_path / "run")).jobs[0]
+
+
+def reference_pass(job: StageJob, before_third: Callable[[], None] | None = None) -> tuple[list[list[float]], int]:
+    """The log-probs of a pass, and how often it ran the model; something happens before it does so a third time."""
+    built = dpo.build(job, model.load_base(job.recipe, job.hardware))
+    runs: list[None] = []
+
+    def count(*_: Any) -> None:
+        if before_third is not None and len(runs) == 2:
+            before_third()
+        runs.append(None)
+
+    built.model.get_base_model().model.layers[0].register_forward_pre_hook(count)
+    rows = reference.with_reference(job, built, built.train_dataset, "training")
+    return [list(rows[name]) for name in NAMES], len(runs)
+
+
+def interrupt(job: StageJob, error: BaseException) -> None:
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        reference_pass(job, fail)
+
+
+def whole_pass(job: StageJob, cache: Path) -> list[list[float]]:
+    """What an uninterrupted pass computes; nothing of it is left behind."""
+    values, runs = reference_pass(job)
+    assert runs == 6
+    (entry,) = cache.iterdir()
+    entry.unlink()
+    return values
+
+
+@pytest.mark.parametrize("error", [Stopped(signal.SIGTERM), OSError("a disk fails")], ids=["signal", "error"])
+def test_an_interrupted_pass_goes_on_where_it_was(
+    job: StageJob, cache: Path, capsys: pytest.CaptureFixture[str], error: BaseException
+) -> None:
+    whole = whole_pass(job, cache)
+    interrupt(job, error)
+    assert [file.suffix for file in cache.iterdir()] == [".part"]
+    assert reference_pass(job) == (whole, 1 + 4)  # a check of what was stored, and the batches that were not
+    assert "reference: 4 of 12 training pairs were computed before the interruption" in capsys.readouterr().out
+    assert [file.suffix for file in cache.iterdir()] == [".safetensors"]
+
+
+@pytest.mark.parametrize(("seconds", "stored"), [(0.0, 4), (30.0, 0)])
+def test_a_killed_pass_has_stored_what_was_known_some_seconds_ago(
+    job: StageJob, cache: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, stored: int
+) -> None:
+    monkeypatch.setattr(reference, "KEPT_EVERY", seconds)
+    found: list[int] = []
+    reference_pass(job, lambda: found.append(len(read_parts(key(job, job.data.train), 12)[0])))
+    assert found == [stored]
+    assert [file.suffix for file in cache.iterdir()] == [".safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("how", "said", "runs"),
+    [
+        ("cut", "damaged (Error while deserializing", 6),
+        ("flipped", "does not hold what it was written with", 6),
+        ("version", "written by another version (0)", 6),
+        ("forged", "what an interrupted pass left behind disagrees with the reference model by", 1 + 6),
+    ],
+)
+def test_a_bad_part_is_computed_again_and_changes_nothing(
+    job: StageJob, cache: Path, capsys: pytest.CaptureFixture[str], how: str, said: str, runs: int
+) -> None:
+    whole = whole_pass(job, cache)
+    interrupt(job, Stopped(signal.SIGTERM))
+    damage(next(cache.glob(".*.part")), how)
+    assert reference_pass(job) == (whole, runs)
+    assert capsys.readouterr().out.count(said) == 1
+
+
+def test_parts_of_several_processes_are_put_together_and_of_other_rows_left_out(cache: Path) -> None:
+    write_part("key", 0, {0: [-1.5, -2.5], 7: [-3.0, -4.0]})
+    write_part("key", 1, {2: [-5.0, -6.0], 7: [-3.0, -4.0]})
+    assert read_parts("key", 8) == ({0: [-1.5, -2.5], 2: [-5.0, -6.0], 7: [-3.0, -4.0]}, [])
+    assert read_parts("key", 7) == ({}, [".key.0.part: has other rows", ".key.1.part: has other rows"])
+    assert read_parts("other", 8) == ({}, [])
+    (cache / ".key.0.part").rename(cache / ".other.0.part")
+    assert read_parts("other", 8) == ({}, [".other.0.part: does not hold what it was written with"])
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(train: Any, cache: Path, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """What is finished is reused, what changed is run again, what was killed goes on, to the bit."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,8 @@ import pytest
 import yaml
 
 import toolkit
+from tests.conftest import messages, pairs, write_jsonl
+from tests.forks import Forks
 from toolkit.training.progress import read_metrics
 
 
@@ -94,36 +98,122 @@ def test_an_unfinished_attempt_never_takes_the_place_of_a_result(train: Any, tmp
 
 
 def command(file: Path, output: Path) -> list[str]:
-    return [sys.executable, "-m", "toolkit", "train", str(file), "--output", str(output)]
+    return ["train", str(file), "--output", str(output)]
 
 
-def kill_at(line: str, file: Path, output: Path) -> None:
-    """Start the command and SIGKILL it as soon as it prints a line that starts so."""
-    process = subprocess.Popen(command(file, output), stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for printed in process.stdout:
-        if printed.strip().startswith(line):
-            os.kill(process.pid, signal.SIGKILL)
-            break
-    assert process.wait() == -signal.SIGKILL
+@pytest.fixture(scope="module")
+def uninterrupted(base: Path, forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A recipe with dropout and checkpoints, and its run."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    trainer = {"per_device_train_batch_size": 4, "gradient_checkpointing": False, "logging_steps": 1}
+    trainer |= {"learning_rate": 1e-2, "save_steps": 2, "num_train_epochs": 2}
+    data = {"sft": write_jsonl(folder / "sft.jsonl", messages(12)), "dpo": write_jsonl(folder / "dpo.jsonl", pairs(12))}
+    stages = [{"type": kind, "data": str(file), "trainer": trainer} for kind, file in data.items()]
+    model, lora = {"name_or_path": str(base), "dtype": "float32"}, {"r": 4, "lora_dropout": 0.1}
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump({"model": model, "lora": lora, "stages": stages, "seed": 7}))
+    assert forks.run(*command(file, folder / "whole"), TOOLKIT_CACHE=str(folder / "cache"))[0] == 0
+    return file, folder / "whole"
 
 
-@pytest.mark.parametrize("line", ["sft 2/", "sft 5/", "dpo: dpo", "dpo 5/"])
-def test_a_killed_run_goes_on_to_the_same_bits(recipe: dict[str, Any], write: Any, tmp_path: Path, line: str) -> None:
-    recipe["lora"]["lora_dropout"] = 0.1
-    for stage in recipe["stages"]:
-        stage["trainer"] |= {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 2}
-    whole = toolkit.train(write(recipe), output=tmp_path / "whole").output
-    file, output = write(recipe), tmp_path / "killed"
-    kill_at(line, file, output)
-    resumed = subprocess.run(command(file, output), capture_output=True, text=True, check=True)
-    assert ("resumes from checkpoint-" in resumed.stdout) == line.endswith("5/")
+@pytest.mark.parametrize(
+    ("event", "at", "resumes"),
+    [
+        ("print", "sft 2/", ""),
+        ("print", "sft 5/", "checkpoint-4"),
+        ("os.rename", "sft/checkpoints/checkpoint-4", "checkpoint-2"),
+        ("open", "sft/adapter.partial/adapter_config.json", "checkpoint-6"),
+        ("print", "dpo: dpo", ""),
+        ("os.rename", ".safetensors", ""),  # the reference pass has been computed
+        ("print", "dpo 5/", "checkpoint-4"),
+        ("open", "dpo/checkpoints/.partial/checkpoint-6/.manifest.json.partial", "checkpoint-4"),
+        ("open", "dpo/adapter.partial/adapter_config.json", "checkpoint-6"),
+        ("os.rename", "dpo/adapter", "checkpoint-6"),
+        ("os.rename", "dpo/stage.json", "checkpoint-6"),
+        ("open", "killed/adapter.partial/adapter_model.safetensors", ""),
+    ],
+)
+def test_a_killed_run_goes_on_to_the_same_bits(
+    forks: Forks, uninterrupted: tuple[Path, Path], tmp_path: Path, event: str, at: str, resumes: str
+) -> None:
+    (file, whole), output, own = uninterrupted, tmp_path / "killed", {"TOOLKIT_CACHE": str(tmp_path / "cache")}
+    assert forks.run(*command(file, output), at=(event, at), **own)[0] == -signal.SIGKILL
+    assert_what_looks_finished_is_whole(output)
+    code, said = forks.run(*command(file, output), **own)
+    assert code == 0, said
+    assert f"resumes from {resumes}" in said if resumes else "resumes from" not in said
     for name in ("sft/adapter", "dpo/adapter", "adapter"):
-        bits = [(run / name / "adapter_model.safetensors").read_bytes() for run in (whole, output)]
-        assert bits[0] == bits[1]
+        assert adapter_bits(output, name) == adapter_bits(whole, name)
     for stage in ("sft", "dpo"):
         steps = [[line["step"] for line in read_metrics(run / stage / "metrics.jsonl")] for run in (whole, output)]
         assert steps[0] == steps[1]
+        assert sorted(p.name for p in (output / stage).iterdir()) == sorted(p.name for p in (whole / stage).iterdir())
+    assert sorted(p.name for p in output.iterdir()) == sorted(p.name for p in whole.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("event", "at", "resumes"),
+    [
+        ("os.mkdir", "dpo/checkpoints/.partial/checkpoint-4", "checkpoint-2"),  # before its adapter
+        ("os.remove", "dpo/checkpoints/.partial/checkpoint-4/README.md", "checkpoint-2"),  # after it
+        ("os.mkdir", "dpo/adapter.partial", "checkpoint-6"),
+        ("open", "dpo/.stage.json.partial", "checkpoint-6"),
+        ("os.mkdir", "run/adapter.partial", ""),
+    ],
+)
+def test_a_full_disk_ends_a_run_that_goes_on_to_the_same_bits_when_there_is_room(
+    forks: Forks, uninterrupted: tuple[Path, Path], event: str, at: str, resumes: str
+) -> None:
+    if forks.disk is None:
+        pytest.skip("needs a system that lets a user mount a disk (unshare -rm)")
+    (file, whole), output = uninterrupted, forks.seen / "run"
+    shutil.rmtree(output, ignore_errors=True)
+    own = {"TOOLKIT_CACHE": str(whole.parent / "cache")}
+    code, said = forks.run(*command(file, forks.disk / "run"), at=(event, at), then="fill", **own)
+    errors = [line for line in said.splitlines() if line.startswith("error")]
+    assert (code, len(errors)) == (2, 1), said
+    assert ": the disk is full; free some space or choose another --output, then run the same command" in errors[0]
+    assert "Traceback" not in said
+    assert_what_looks_finished_is_whole(output)
+    assert (output / "sft" / "stage.json").exists()
+    (forks.seen / "ballast").unlink()
+    code, said = forks.run(*command(file, forks.disk / "run"), **own)
+    assert code == 0, said
+    assert f"resumes from {resumes}" in said if resumes else "resumes from" not in said
+    assert adapter_bits(output) == adapter_bits(whole)
+    assert sorted(p.name for p in output.iterdir()) == sorted(p.name for p in whole.iterdir())
+
+
+def test_a_limit_on_open_files_ends_a_run_that_goes_on_to_the_same_bits(
+    forks: Forks, uninterrupted: tuple[Path, Path], tmp_path: Path
+) -> None:
+    (file, whole), own = uninterrupted, {"TOOLKIT_CACHE": str(uninterrupted[0].parent / "cache")}
+    code, said = forks.run(*command(file, tmp_path / "run"), at=("print", "dpo 3/"), then="open", **own)
+    assert code == 2
+    assert "error: " in said and "run/dpo: too many open files; raise `ulimit -n`" in said and "Traceback" not in said
+    assert_what_looks_finished_is_whole(tmp_path / "run")
+    code, said = forks.run(*command(file, tmp_path / "run"), **own)
+    assert (code, "resumes from checkpoint-2" in said) == (0, True)
+    assert adapter_bits(tmp_path / "run") == adapter_bits(whole)
+
+
+def adapter_bits(run: Path, name: str = "adapter") -> bytes:
+    return (run / name / "adapter_model.safetensors").read_bytes()
+
+
+def assert_what_looks_finished_is_whole(output: Path) -> None:
+    from toolkit.models.adapter import adapter_digest
+    from toolkit.training import checkpoints
+
+    digests = {}
+    for stage in ("sft", "dpo"):
+        for path in checkpoints.by_age(output / stage / "checkpoints"):
+            assert checkpoints.problem_with(path) is None
+        if (output / stage / "stage.json").exists():
+            digests[stage] = json.loads((output / stage / "stage.json").read_text())["adapter_digest"]
+            assert adapter_digest(output / stage / "adapter") == digests[stage]
+    if (output / "adapter").exists():
+        assert adapter_digest(output / "adapter") == digests["dpo"]
 
 
 def test_anothers_directory_is_left_alone(train: Any, recipe: dict[str, Any], write: Any, tmp_path: Path) -> None:
@@ -181,7 +271,8 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_the_command_that_resumes(
     whole = toolkit.train(file, output=tmp_path / "whole").output
     listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - a job in the background ignores it
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command(file, tmp_path / "run"), preexec_fn=listen, **pipes)  # noqa: PLW1509
+    started = [sys.executable, "-m", "toolkit", *command(file, tmp_path / "run")]
+    process = subprocess.Popen(started, preexec_fn=listen, **pipes)  # noqa: PLW1509
     assert process.stdout is not None and process.stderr is not None
     for printed in process.stdout:
         if printed.strip().startswith("sft 3/"):
@@ -194,8 +285,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_the_command_that_resumes(
     assert process.wait() == code
     assert list((tmp_path / "run" / "sft" / "checkpoints").glob("checkpoint-[345]"))
     toolkit.train(file, output=tmp_path / "run")
-    bits = [(run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (whole, tmp_path / "run")]
-    assert bits[0] == bits[1]
+    assert adapter_bits(tmp_path / "run") == adapter_bits(whole)
 
 
 def test_another_number_of_processes_does_not_resume(recipe: dict[str, Any], write: Any, tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """The stages of a recipe in order: skip what is finished, resume what was interrupted, verify what came out."""
 
-import shutil
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -9,16 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from peft import PeftModel
-from safetensors.torch import load_file
 
 from toolkit.checks import check
-from toolkit.errors import ModelError, ProofError, RunError
+from toolkit.errors import RunError
 from toolkit.evaluation import evaluate
 from toolkit.findings import Finding
 from toolkit.job import StageJob
 from toolkit.launching import processes
-from toolkit.models import adapter, head, model, sharding
+from toolkit.models import model, sharding
 from toolkit.pages import report
 from toolkit.publishing import card, hub
 from toolkit.recipe.load import load_recipe
@@ -26,19 +22,19 @@ from toolkit.recipe.plan import stage_plans
 from toolkit.recipe.sections import Evaluate, Recipe, Source
 from toolkit.records.rundir import EVALUATION, FINDINGS, RunDirectory, default_output, read_json, storage, write_json
 from toolkit.rows.chat import load_tokenizer
-from toolkit.training import dpo, proof, provenance, sft, trainer
+from toolkit.training import trainer
 from toolkit.training.prepare import (
     Prepared,
-    attempt_key,
     check_parents,
     external_adapter,
     plan_text,
     prepare,
     resolved,
-    start_commit,
     state_of,
 )
+from toolkit.training.probe import told
 from toolkit.training.progress import say
+from toolkit.training.stage import fill_reference, run_stage
 from toolkit.wording import first_line
 
 
@@ -90,8 +86,7 @@ def train(
         _record(prepared, run)
         _record_findings(run, findings)
         for job in jobs:
-            with head.small_tiles(prepared.hardware.device):
-                _run_stage(job, run, resume=states[job.plan.name] == "interrupted", probe=probe)
+            run_stage(job, run, resume=states[job.plan.name] == "interrupted", probe=probe)
             _evaluate(prepared, run, [job])
         return _deliver(prepared, run)
 
@@ -123,13 +118,7 @@ def compute_reference(
             check_parents(prepared, states, job.plan.name)
         _record(prepared, run)
         for job in jobs:
-            say(f"{job.plan.name}: reference, {job.plan.reference}")
-            start = _start_logps(job)
-            built = _build(job, model.load_base(job.recipe, job.hardware))
-            with head.small_tiles(prepared.hardware.device):
-                dpo.share_prompts(job, built)
-                dpo.prove(job, built, start)
-                dpo.take_reference(job, built)
+            fill_reference(job)
     return [job.plan.name for job in jobs]
 
 
@@ -181,7 +170,8 @@ def evaluate_run(
     }
     with run.held():
         contenders = evaluate.contenders_of(recipe, run, starts)
-        found = evaluate.evaluate(recipe, hardware, tokenizer, run, contenders, limit=limit)
+        with told("evaluate: measuring base and stages"):
+            found = evaluate.evaluate(recipe, hardware, tokenizer, run, contenders, limit=limit)
         write_json(run.path / EVALUATION, found)
     say(evaluate.table(found))
     return found
@@ -244,134 +234,13 @@ def _states(prepared: Prepared, run: RunDirectory, only: str | None, fresh: bool
     return dict(processes.from_main(states))  # one decision for all, whatever a shared disk shows to each
 
 
-def _run_stage(job: StageJob, run: RunDirectory, resume: bool, probe: bool) -> None:
-    """Train, save, reload on a fresh base, compare; only then is the stage called finished."""
-    plan, began = job.plan, time.monotonic()
-    say(f"{plan.name}: {plan.type}")
-    partial, record = _train_stage(job, run, resume, probe)
-    trainer.release()
-    state = PartialState()
-    if state.is_main_process:
-        difference = _verify(job, partial, record.pop("policy_logps"))
-        record |= {
-            "reloaded_vs_policy": difference,
-            "adapter_digest": adapter.adapter_digest(partial),
-            "seconds": time.monotonic() - began,
-        }
-        say(f"  saved, reloaded on a fresh base: equal to the trained policy to {difference:.1e} nats per token\n")
-        run.finish(plan.name, partial, record)
-    state.wait_for_everyone()
-
-
-def _train_stage(job: StageJob, run: RunDirectory, resume: bool, probe: bool) -> tuple[Path, dict[str, Any]]:
-    plan, state = job.plan, PartialState()
-    provenance.reset_peak_memory()
-    record: dict[str, Any] = {"name": plan.name, "type": plan.type, "digest": job.digest, "start": plan.start}
-    record |= {"policy": plan.policy, "reference": plan.reference, "steps": job.steps}
-    record["start_digest"] = adapter.adapter_digest(job.start) if job.start else None
-    record["start_commit"] = start_commit(job)
-    record["provenance"] = provenance.provenance(job.recipe.file, job.hardware.processes)
-    start = _start_logps(job) if plan.type == "dpo" else None
-    built = _build(job, model.load_base(job.recipe, job.hardware, to_shard=True))
-    if start is not None:
-        record["prefix_sharing"] = dpo.share_prompts(job, built)
-        say(f"  prefix sharing {record['prefix_sharing']}")
-        if sharding.is_sharded():
-            built.add_callback(sharding.OnceSharded(lambda: _prove(job, built, start, record)))
-        else:
-            _prove(job, built, start, record)
-        asked = time.monotonic()
-        dpo.take_reference(job, built)
-        record["reference_seconds"] = time.monotonic() - asked
-    if state.is_main_process:
-        run.begin(plan.name, attempt_key(job), resume)
-    state.wait_for_everyone()
-    watching = dpo.watch_over(job, built) if plan.type == "dpo" else None
-    record["metrics"] = trainer.fit(built, job, probe)
-    record["peak_memory"] = provenance.peak_memory()
-    if watching is not None:
-        record |= dpo.outcome(watching, built)
-    record["trainer_args"] = built.args.to_dict()
-    partial = job.folder / "adapter.partial"
-    if sharding.is_sharded() or state.is_main_process:  # every process holds a part of a sharded model
-        record["policy_logps"] = proof.completion_logps(built.model, proof.first_sequences(job))
-    gathered = sharding.gathered(built.model)
-    if state.is_main_process:
-        with storage(run.path):
-            _save(built.model, job, partial, gathered)
-    return partial, record
-
-
-def _prove(job: StageJob, built: Any, start: Any, record: dict[str, Any]) -> None:
-    proven = dpo.prove(job, built, start)
-    record["proof"] = proven.as_dict()
-    say(f"  proof: {proven}")
-
-
-def _build(job: StageJob, base: Any) -> Any:
-    try:
-        return sft.build(job, base) if job.plan.type == "sft" else dpo.build(job, base)
-    except (ValueError, RuntimeError, ImportError) as error:  # how TRL and transformers refuse settings
-        raise ModelError(f"{job.where('trainer')}: {first_line(error)}") from error
-
-
-def _start_logps(job: StageJob) -> Any:
-    """Log-probabilities of the first pairs under the start model, loaded by plain transformers and PEFT.
-
-    By the main process for all where the base is too large for each of them.
-    """
-    if not sharding.is_sharded():
-        return _logps_of_start(job)
-    return processes.from_main(_logps_of_start(job) if PartialState().is_main_process else None)
-
-
-def _logps_of_start(job: StageJob) -> Any:
-    loaded: Any = model.load_base(job.recipe, job.hardware)
-    if job.start is not None:
-        loaded = PeftModel.from_pretrained(loaded, str(job.start))
-    logps = proof.completion_logps(loaded, proof.first_sequences(job))
-    del loaded
-    trainer.release()
-    return logps
-
-
-def _save(trained: PeftModel, job: StageJob, folder: Path, gathered: Any) -> None:
-    stacked = job.plan.mode == "stack" and job.start is not None
-    own = folder.with_name("trained.partial") if stacked else folder
-    adapter.save(trained, own, _base_name(job.recipe), gathered)
-    expected = adapter.expected_shapes(model.empty_base(job.recipe), job.plan, job.start, job.where("lora"))
-    sharding.check_gathered(load_file(own / adapter.WEIGHTS), expected)
-    adapter.check_values(own)
-    if stacked and job.start is not None:
-        adapter.concatenate(job.start, own, folder)
-        shutil.rmtree(own)
-    job.tokenizer.save_pretrained(str(folder))
-
-
-def _verify(job: StageJob, folder: Path, policy_logps: Any) -> float:
-    """Load the saved adapter as anyone would, and compare it with the policy that was trained.
-
-    Raises:
-        ProofError: they differ by more than rounding.
-    """
-    batch = proof.first_sequences(job)
-    reloaded = PeftModel.from_pretrained(model.load_base(job.recipe, job.hardware), str(folder))
-    difference = proof.per_token_difference(proof.completion_logps(reloaded, batch), policy_logps, batch)
-    tolerance = proof.OTHER_PATH[proof.rounding(job)]
-    if not difference <= tolerance:
-        raise ProofError(
-            f"{job.plan.name}: the saved adapter, loaded on a fresh base, differs from the trained policy by "
-            f"{difference:.3g} nats per token, at most {tolerance:.0e} expected; it lies in {folder} for inspection"
-        )
-    return difference
-
-
 def _evaluate(prepared: Prepared, run: RunDirectory, jobs: list[StageJob]) -> Any:
     """Measure base and stages, once each: what is stored and still holds is read."""
     recipe, evaluation = prepared.recipe, None
     if recipe.evaluate is not None and PartialState().is_main_process:
         contenders = evaluate.contenders_of(recipe, run, {job.plan.name: job.start for job in jobs})
-        evaluation = evaluate.evaluate(recipe, prepared.hardware, prepared.tokenizer, run, contenders)
+        with told("evaluate: measuring base and stages"):
+            evaluation = evaluate.evaluate(recipe, prepared.hardware, prepared.tokenizer, run, contenders)
         trainer.release()
     return evaluation
 
@@ -409,9 +278,3 @@ def _report(run: RunDirectory) -> None:
             say(f"report: {report.write(run.path)}")
         except Exception as error:  # whatever it is, hours of training are not to end in it
             say(f"report: not written: {first_line(error)}; `toolkit report {run.path}` tries again")
-
-
-def _base_name(recipe: Recipe) -> str:
-    """The base as it may be written down: a Hub id, or the name of a local folder without its place on this machine."""
-    path = Path(recipe.model.name_or_path)
-    return path.name if path.is_absolute() else recipe.model.name_or_path

@@ -12,15 +12,17 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from toolkit.errors import RunError
+from toolkit.errors import RunError, ToolkitError
 from toolkit.recipe.sections import Recipe
 from toolkit.records import lock
+from toolkit.wording import first_line
 
 RESOLVED, RECIPE, EVALUATION, LOCK = "resolved.json", "recipe.yaml", "evaluation.json", ".lock"
 CARD, METRICS, REPORT, PICTURES = "README.md", "metrics.jsonl", "report.html", "report"
 FINDINGS, MERGED = "findings.json", "merge.json"
 STAGE, STARTED, ADAPTER, PARTIAL = "stage.json", "started.json", "adapter", ".partial"
 TORN = ("PytorchStreamWriter", "inline_container")
+NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "cublas_status_alloc_failed")
 
 
 class RunDirectory:
@@ -223,10 +225,12 @@ def storage(path: Path) -> Iterator[None]:
     """Say a failed read or write in one sentence; other errors pass through.
 
     Raises:
-        RunError: the disk is full or fails, the path cannot be written, or too many files are open.
+        RunError: the disk is full or fails, the path cannot be written, too many files are open, or memory is out.
     """
     try:
         yield
+    except ToolkitError:
+        raise
     except Exception as error:
         text = _failure(error)
         if text is None:
@@ -246,7 +250,15 @@ def exhausted(error: BaseException) -> str | None:
         return "too many open files; raise `ulimit -n` (65536 will do), then run the same command to resume"
     if code in (errno.EIO, errno.ESTALE):
         return f"the disk fails: {os.strerror(code)}; then run the same command to resume from what is whole"
+    if out_of_memory(error):
+        way_out = "free some, or take a smaller batch or a quantized base, then run the same command to resume"
+        return f"out of memory: {first_line(error)}; {way_out}"
     return None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the device's or the machine's memory ran out, in the words of torch, CUDA, safetensors or the system."""
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in NO_MEMORY)
 
 
 def _failure(error: Exception) -> str | None:

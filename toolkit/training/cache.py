@@ -5,18 +5,17 @@ ids, truncation. Not seed, rank, alpha, learning rate, beta or epochs: a sweep o
 cache hashes the whole model with its random LoRA matrices, so that every new seed or rank is a miss.)
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset
-from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from toolkit.job import StageJob
 from toolkit.models import adapter
@@ -26,6 +25,10 @@ from toolkit.wording import first_line
 
 VERSION = "1"
 NAMES = ("ref_chosen_logps", "ref_rejected_logps")
+ROWS = "rows"
+
+Pairs = dict[int, list[float]]
+"""Row -> reference log-probabilities of its chosen and its rejected answer, in nats."""
 
 
 @dataclass(frozen=True)
@@ -60,22 +63,10 @@ def key(job: StageJob, rows: Dataset) -> str:
 
 def read(entry_key: str, rows: int) -> tuple[Entry | None, str]:
     """The entry under a key, or `None` and why it cannot be used: nothing there, damaged, of another version."""
-    file = folder() / f"{entry_key}.safetensors"
-    if not file.is_file():
-        return None, ""
-    try:
-        with safe_open(file, framework="pt") as stored:
-            about = stored.metadata() or {}
-            tensors = {name: stored.get_tensor(name) for name in NAMES}
-    except Exception as error:  # safetensors raises its own type for each kind of damage; all mean: recompute
-        return None, f"{file.name}: damaged ({first_line(error)})"
-    if about.get("version") != VERSION:
-        return None, f"{file.name}: written by another version ({about.get('version', 'none')})"
-    if about.get("key") != entry_key or about.get("sha256") != _checksum(tensors):
-        return None, f"{file.name}: does not hold what it was written with"
-    if any(tensor.shape != (rows,) or not torch.isfinite(tensor).all() for tensor in tensors.values()):
-        return None, f"{file.name}: has other rows, or values that are not finite"
-    return Entry(**tensors), ""
+    tensors, unusable = _read(folder() / f"{entry_key}.safetensors", entry_key, NAMES)
+    if tensors and any(tensor.shape != (rows,) for tensor in tensors.values()):
+        return None, f"{entry_key}.safetensors: has other rows"
+    return Entry(**tensors) if tensors else None, unusable
 
 
 def write(entry_key: str, entry: Entry) -> str:
@@ -84,23 +75,88 @@ def write(entry_key: str, entry: Entry) -> str:
     Returns:
         Why it could not be stored, or nothing: a run goes on without its cache.
     """
-    tensors = {name: getattr(entry, name).contiguous() for name in NAMES}
+    return _write(folder() / f"{entry_key}.safetensors", entry_key, {name: getattr(entry, name) for name in NAMES})
+
+
+def read_parts(entry_key: str, rows: int) -> tuple[Pairs, list[str]]:
+    """What interrupted passes over these rows had computed, and a line for each file of theirs that is unusable."""
+    found: Pairs = {}
+    said = []
+    for file in sorted(folder().glob(_part(entry_key, "*"))):
+        tensors, unusable = _read(file, entry_key, (ROWS, *NAMES))
+        if tensors and not _fits(tensors, rows):
+            unusable = f"{file.name}: has other rows"
+        if unusable:
+            said.append(unusable)
+        elif tensors:
+            found |= {row: pair for row, *pair in zip(*(tensor.tolist() for tensor in tensors.values()), strict=True)}
+    return found, said
+
+
+def write_part(entry_key: str, process: int, known: Pairs) -> None:
+    """Store what one process knows of an unfinished pass, in place of what it stored before; best effort."""
+    order = sorted(known)
+    table = torch.tensor([known[row] for row in order], dtype=torch.float32)
+    tensors = {ROWS: torch.tensor(order), NAMES[0]: table[:, 0], NAMES[1]: table[:, 1]}
+    _write(folder() / _part(entry_key, process), entry_key, tensors)
+
+
+def remove_parts(entry_key: str) -> None:
+    """Delete what unfinished passes left behind, once the whole entry is stored."""
+    for file in folder().glob(_part(entry_key, "*")):
+        with contextlib.suppress(OSError):
+            file.unlink()
+
+
+def _fits(tensors: dict[str, torch.Tensor], rows: int) -> bool:
+    numbers = tensors[ROWS]
+    one_each = all(tensor.shape == (numbers.numel(),) for tensor in tensors.values())
+    return numbers.dtype == torch.int64 and one_each and bool(((numbers >= 0) & (numbers < rows)).all())
+
+
+def _part(entry_key: str, process: int | str) -> str:
+    return f".{entry_key}.{process}.part"
+
+
+def _read(file: Path, entry_key: str, names: tuple[str, ...]) -> tuple[dict[str, torch.Tensor], str]:
+    """The tensors of a file, or none and why it cannot be used."""
+    try:
+        content = file.read_bytes()  # not mapped: a file that is cut while it is mapped kills its reader
+        tensors = load(content)
+        about = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
+        tensors = {name: tensors[name] for name in names}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}, ""
+    except Exception as error:  # safetensors raises its own type for each kind of damage; all mean: recompute
+        return {}, f"{file.name}: damaged ({first_line(error)})"
+    if about.get("version") != VERSION:
+        return {}, f"{file.name}: written by another version ({about.get('version', 'none')})"
+    if about.get("key") != entry_key or about.get("sha256") != _checksum(tensors):
+        return {}, f"{file.name}: does not hold what it was written with"
+    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
+        return {}, f"{file.name}: has values that are not finite"
+    return tensors, ""
+
+
+def _write(file: Path, entry_key: str, tensors: dict[str, torch.Tensor]) -> str:
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     about = {"version": VERSION, "key": entry_key, "sha256": _checksum(tensors)}
     try:
-        folder().mkdir(parents=True, exist_ok=True)
-        descriptor, partial = tempfile.mkstemp(dir=folder(), prefix=".", suffix=".partial")
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(save(tensors, metadata=about))
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(partial).replace(folder() / f"{entry_key}.safetensors")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent, prefix=".") as partial:
+            written = Path(partial) / file.name
+            with written.open("wb") as stream:
+                stream.write(save(tensors, metadata=about))
+                stream.flush()
+                os.fsync(stream.fileno())
+            written.replace(file)
     except OSError as error:
-        return f"{folder()} cannot be written ({error.strerror or error})"
+        return f"{file.parent} cannot be written ({error.strerror or error})"
     return ""
 
 
-def _checksum(tensors: dict[str, Any]) -> str:
-    sha = hashlib.sha256(json.dumps({name: list(tensors[name].shape) for name in NAMES}).encode())
-    for name in NAMES:
-        sha.update(tensors[name].numpy().tobytes())
+def _checksum(tensors: dict[str, torch.Tensor]) -> str:
+    sha = hashlib.sha256(json.dumps({name: list(tensor.shape) for name, tensor in tensors.items()}).encode())
+    for tensor in tensors.values():
+        sha.update(tensor.numpy().tobytes())
     return sha.hexdigest()

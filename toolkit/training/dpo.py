@@ -16,6 +16,7 @@ from toolkit.rows.grouping import LengthGrouped, pair_lengths
 from toolkit.training import proof, reference, trainer, watch
 from toolkit.training.checkpoints import WholeCheckpoints
 from toolkit.training.nonfinite import FiniteSteps
+from toolkit.training.probe import work
 from toolkit.training.progress import say
 from toolkit.wording import first_line
 
@@ -69,6 +70,7 @@ def build(job: StageJob, base: PreTrainedModel) -> PairTrainer:
     return built
 
 
+@work("proving the reference")
 def prove(job: StageJob, built: PairTrainer, start: torch.Tensor) -> proof.Proof:
     """Compare policy, reference and start model on the first pairs, before the first step.
 
@@ -103,6 +105,7 @@ def prove(job: StageJob, built: PairTrainer, start: torch.Tensor) -> proof.Proof
     return proven
 
 
+@work("comparing shared prompts with plain passes")
 def share_prompts(job: StageJob, built: PairTrainer) -> str:
     """Run each prompt once for its pair from now on, if this model does that exactly.
 
@@ -126,6 +129,7 @@ def share_prompts(job: StageJob, built: PairTrainer) -> str:
     return f"on: {check}"
 
 
+@work("computing the reference log-probs")
 def take_reference(job: StageJob, built: PairTrainer) -> None:
     """Give the trainer its reference log-probs as columns, unless they are to be computed on every step."""
     if job.plan.reference_from == "online":

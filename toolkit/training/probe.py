@@ -5,21 +5,26 @@ depends on is changed. Out of memory at any later moment is said in the same wor
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from transformers import TrainerCallback
 
-from toolkit.errors import RunError
+from toolkit.errors import RunError, ToolkitError
 from toolkit.job import StageJob
 from toolkit.models import model
 from toolkit.recipe.plan import quantization
+from toolkit.records.rundir import exhausted, out_of_memory
 from toolkit.resources import estimate, longest, relief
 from toolkit.training.checkpoints import FOLDER, newest
 from toolkit.training.progress import say
 from toolkit.wording import amount, first_line
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Probe(TrainerCallback):
@@ -71,17 +76,59 @@ def probe(trainer: Any, job: StageJob, wrapped: Any = None) -> int:
 
 @contextmanager
 def explained(job: StageJob) -> Iterator[None]:
-    """Say out of memory as a `RunError`, with the stage's last good checkpoint; other errors pass through.
+    """Say out of memory in training as a `RunError`, with the last good checkpoint; other errors pass through.
 
     Raises:
         RunError: the itemised estimate, and the three settings that would help most.
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except ToolkitError:
+        raise
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
         kept, _ = newest(job.folder / FOLDER)
         when = f"while training; the last checkpoint is {kept.name}" if kept else "while training, no checkpoint yet"
-        raise RunError(explanation(job, error, when)) from error
+        try:
+            text = explanation(job, error, when)
+        except (MemoryError, RuntimeError):  # no room for an estimate either
+            text = f"{job.where()}: {when}: {exhausted(error)}"
+        raise RunError(text) from error
+
+
+def work(doing: str) -> Callable[[Callable[Concatenate[StageJob, P], T]], Callable[Concatenate[StageJob, P], T]]:
+    """A function of a stage that says out of memory as `told` does, with the stage's name."""
+
+    def decorate(function: Callable[Concatenate[StageJob, P], T]) -> Callable[Concatenate[StageJob, P], T]:
+        @wraps(function)
+        def wrapped(job: StageJob, /, *args: P.args, **kwargs: P.kwargs) -> T:
+            with told(f"{job.plan.name}: {doing}"):
+                return function(job, *args, **kwargs)
+
+        return wrapped
+
+    return decorate
+
+
+@contextmanager
+def told(doing: str) -> Iterator[None]:
+    """Say out of memory outside training in one sentence; other errors pass through.
+
+    Args:
+        doing: what is being done, as in `dpo: loading the base`.
+
+    Raises:
+        RunError
+    """
+    try:
+        yield
+    except ToolkitError:
+        raise
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        raise RunError(f"{doing}: {exhausted(error)}") from error
 
 
 def explanation(job: StageJob, error: BaseException, when: str) -> str:

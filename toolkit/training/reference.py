@@ -1,7 +1,8 @@
 """Reference log-probabilities in one pass before training: from the cache, or computed and cached."""
 
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,12 +14,13 @@ from toolkit.job import StageJob
 from toolkit.launching.processes import from_main
 from toolkit.rows.grouping import alike, pair_lengths
 from toolkit.training import cache
-from toolkit.training.cache import NAMES, Entry
+from toolkit.training.cache import NAMES, Entry, Pairs
 from toolkit.training.progress import say
 from toolkit.training.proof import OTHER_PATH, rounding
 
 WIDER = 2  # a pass without gradients takes so many times the rows of a training step
 CHECKED_ROWS = 4
+KEPT_EVERY = 30.0  # seconds of an unfinished pass that a SIGKILL may cost
 
 
 def with_reference(job: StageJob, built: Any, rows: Dataset, what: str) -> Dataset:
@@ -35,8 +37,10 @@ def with_reference(job: StageJob, built: Any, rows: Dataset, what: str) -> Datas
     if entry is not None:
         say(f"  reference: {len(rows):,} {what} pairs from the cache: same base, start adapter, dtype and token ids")
     else:
-        entry = _compute(built, rows, what)
-        not_kept = cache.write(key, entry) if built.accelerator.is_main_process else ""
+        entry = _compute(job, built, rows, what, key)
+        not_kept = from_main(cache.write(key, entry) if built.accelerator.is_main_process else "")
+        if not not_kept:
+            cache.remove_parts(key)
         say(f"  reference: {len(rows):,} {what} pairs computed" + (f"; not kept: {not_kept}" if not_kept else ""))
     for name in NAMES:
         rows = rows.add_column(name, getattr(entry, name).tolist())
@@ -48,31 +52,78 @@ def _from_cache(job: StageJob, built: Any, rows: Dataset, key: str) -> tuple[Ent
     entry, unusable = from_main(cache.read(key, len(rows)) if built.accelerator.is_main_process else None)
     if entry is None:
         return None, unusable
-    first = list(range(min(CHECKED_ROWS, len(rows))))
+    first = range(min(CHECKED_ROWS, len(rows)))
+    disagrees = _disagrees(job, built, rows, {i: [float(getattr(entry, name)[i]) for name in NAMES] for i in first})
+    return (None, f"the cache {disagrees}") if disagrees else (entry, "")
+
+
+def _from_interrupted(job: StageJob, built: Any, rows: Dataset, what: str, key: str) -> Pairs:
+    """What earlier passes had computed before they were interrupted, on every process."""
+    known, damaged = from_main(cache.read_parts(key, len(rows)) if built.accelerator.is_main_process else None)
+    for line in damaged:
+        say(f"  reference: {line}; computed again")
+    if not known:
+        return {}
+    disagrees = _disagrees(job, built, rows, {i: known[i] for i in sorted(known)[:CHECKED_ROWS]})
+    if disagrees:
+        say(f"  reference: what an interrupted pass left behind {disagrees}; computed again")
+        return {}
+    say(f"  reference: {len(known):,} of {len(rows):,} {what} pairs were computed before the interruption")
+    return dict(known)
+
+
+def _disagrees(job: StageJob, built: Any, rows: Dataset, stored: Pairs) -> str:
+    """What to say of stored values that are not those of the reference model; nothing where they are."""
+    order = list(stored)
     with _evaluating(built.model):
-        live = _logps(built, rows, first)
+        live = _logps(built, rows, order)
     worst = max(
-        abs(live[side][i] - float(getattr(entry, name)[i])) / max(len(rows[i][f"{name.split('_')[1]}_ids"]), 1)
+        abs(live[side][k] - stored[i][side]) / max(len(rows[i][f"{name.split('_')[1]}_ids"]), 1)
         for side, name in enumerate(NAMES)
-        for i in first
+        for k, i in enumerate(order)
     )
     worst = from_main(worst)  # or one rank would compute while the others train
-    if not worst <= OTHER_PATH[rounding(job)]:
-        return None, f"the cache disagrees with the reference model by {worst:.2g} nats per token"
-    return entry, ""
+    agrees = worst <= OTHER_PATH[rounding(job)]
+    return "" if agrees else f"disagrees with the reference model by {worst:.2g} nats per token"
 
 
-def _compute(built: Any, rows: Dataset, what: str) -> Entry:
-    """Every process computes its share of the batches, like lengths together, the longest first."""
+def _compute(job: StageJob, built: Any, rows: Dataset, what: str, key: str) -> Entry:
+    """Every process computes its share of the batches, like lengths together, the longest first.
+
+    Batches that an interrupted pass had computed are left out; the others are the same as without it.
+    """
     state, size = built.accelerator, WIDER * built.args.per_device_train_batch_size
+    known = _from_interrupted(job, built, rows, what, key)
+    own: Pairs = {}
     batches = alike(range(len(rows)), pair_lengths(rows), size)[::-1]
-    values: list[tuple[int, float, float]] = []
-    with _evaluating(built.model):
+    batches = [batch for batch in batches if not known.keys() >= {*batch}]
+    with _evaluating(built.model), _kept(key, state.process_index, known, own) as keep:
         for batch in _tracked(batches[state.process_index :: state.num_processes], what):
-            values += zip(batch, *_logps(built, rows, batch), strict=True)
-    everyone = dict((i, pair) for i, *pair in gather_object(values))
+            chosen, rejected = _logps(built, rows, batch)
+            own |= {i: [c, r] for i, c, r in zip(batch, chosen, rejected, strict=True)}
+            keep()
+        everyone = known | dict(gather_object(list(own.items())))
     table = torch.tensor([everyone[i] for i in range(len(rows))], dtype=torch.float32)
     return Entry(table[:, 0].contiguous(), table[:, 1].contiguous())
+
+
+@contextmanager
+def _kept(key: str, process: int, known: Pairs, own: Pairs) -> Iterator[Callable[[], None]]:
+    """Within, what is called after each batch stores what is known now and then, and an error or a signal at once."""
+    stored = time.monotonic()
+
+    def keep() -> None:
+        nonlocal stored
+        if time.monotonic() - stored >= KEPT_EVERY:
+            cache.write_part(key, process, known | own)
+            stored = time.monotonic()
+
+    try:
+        yield keep
+    except BaseException:
+        if own:
+            cache.write_part(key, process, known | own)
+        raise
 
 
 @contextmanager
