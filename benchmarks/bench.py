@@ -30,11 +30,13 @@ from workloads import (
     make_model,
     make_rows,
     predicted,
+    predicted_packed,
 )
 
 HERE = Path(__file__).parent
 QUICKSTART = HERE.parent / "recipes" / "quickstart"
 OFF = {"prefix_sharing": False, "reference": "online"}
+PACKED = 512  # tokens to a row
 IN_TRLS_ORDER = {"train_sampling_strategy": "random"}
 
 
@@ -114,7 +116,7 @@ class Bench:
         if variant == "features off" and case.kind == "dpo":
             stage |= OFF
         if variant == "packed":
-            trainer |= {"packing": True, "max_length": 512}
+            trainer |= {"packing": True, "max_length": PACKED}
         if variant == "warm":
             trainer["beta"] = 0.2
         if start is not None:
@@ -180,7 +182,9 @@ def run_case(bench: Bench, case: Case, shape: str, repeat: int) -> dict[str, Any
         report[variant] = {key: medians["trl"][key] / medians[variant][key] for key in ("loop", "whole")}
         report[variant]["peak"] = medians[variant]["peak"] / medians["trl"]["peak"]
         if case.kind == "dpo" and variant in ("cold", "warm"):
-            report[variant]["predicted"] = predicted(shape, tokens, 8)[variant]
+            report[variant]["predicted"] = predicted(shape, tokens, 8, case.epochs)[variant]
+        if variant == "packed":
+            report[variant]["predicted"] = predicted_packed(shape, tokens, 8, PACKED)
         if variant in ("same order", "features off"):
             pairs = zip(runs[variant][0]["losses"], runs["trl"][0]["losses"], strict=True)
             report[variant]["loss_difference"] = max(abs(a - b) / abs(b) for a, b in pairs)

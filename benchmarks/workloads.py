@@ -69,17 +69,14 @@ def make_rows(file: Path, kind: str, rows: int, lengths: Lengths) -> list[tuple[
     return tokens
 
 
-def predicted(shape: str, pairs: list[tuple[int, ...]], batch: int) -> dict[str, float]:
-    """How many times faster a DPO epoch should be on CPU, where TRL's head scores every position, padding counted.
+def predicted(shape: str, pairs: list[tuple[int, ...]], batch: int, epochs: int = 1) -> dict[str, float]:
+    """How many times faster DPO should be on CPU, where TRL's head scores every position, padding counted.
 
     Frozen weights cost one unit forward and one backward. TRL: policy forward and backward, reference forward, over
-    whole rows. Cold: the same three passes, over pairs that share their prompt, in batches of like length. Warm: two.
+    whole rows, in every epoch. Cold: the same passes over pairs that share their prompt, in batches of like length, the
+    reference once. Warm: without the reference.
     """
-    s = SHAPES[shape]
-    width = s["hidden_size"] // s["num_attention_heads"]
-    attention = s["hidden_size"] * width * (2 * s["num_attention_heads"] + 2 * s["num_key_value_heads"])
-    backbone = s["num_hidden_layers"] * (attention + 3 * s["hidden_size"] * s["intermediate_size"])
-    head = s["hidden_size"] * s.get("vocab_size", WORDS)
+    backbone, head = _per_token(shape)
     trl = shared = 0
     alike = sorted(pairs, key=sum)
     for first in range(0, len(pairs), batch):
@@ -87,7 +84,25 @@ def predicted(shape: str, pairs: list[tuple[int, ...]], batch: int) -> dict[str,
         trl += 2 * len(as_drawn) * max(p + max(c, r) for p, c, r in as_drawn) * (backbone + head)
         shared += len(grouped) * max(map(sum, grouped)) * backbone
         shared += 2 * len(grouped) * max(1 + max(c, r) for _, c, r in grouped) * head
-    return {"cold": trl / shared, "warm": 1.5 * trl / shared}
+    return {"cold": 3 * epochs / (2 * epochs + 1) * trl / shared, "warm": 1.5 * trl / shared}
+
+
+def predicted_packed(shape: str, rows: list[tuple[int, ...]], batch: int, length: int) -> float:
+    """The same for SFT rows packed to `length` tokens, whose head scores completions only, against padded ones."""
+    backbone, head = _per_token(shape)
+    batches = [rows[first : first + batch] for first in range(0, len(rows), batch)]
+    padded = sum(len(rows) * max(map(sum, rows)) for rows in batches)
+    packed = -(-sum(map(sum, rows)) // length) * length
+    return padded * (backbone + head) / (packed * backbone + sum(c for _, c in rows) * head)
+
+
+def _per_token(shape: str) -> tuple[int, int]:
+    """Weights that a token passes in the backbone, and in the head."""
+    s = SHAPES[shape]
+    width = s["hidden_size"] // s["num_attention_heads"]
+    attention = s["hidden_size"] * width * (2 * s["num_attention_heads"] + 2 * s["num_key_value_heads"])
+    backbone = s["num_hidden_layers"] * (attention + 3 * s["hidden_size"] * s["intermediate_size"])
+    return backbone, s["hidden_size"] * s.get("vocab_size", WORDS)
 
 
 def _text(draw: random.Random, words: int) -> str:

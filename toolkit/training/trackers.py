@@ -25,9 +25,8 @@ def check(report_to: Sequence[str]) -> None:
         RuntimeError: one is not; the text says how to install it.
     """
     for tracker in get_reporting_integration_callbacks(report_to):
-        type(
-            tracker.__name__, (tracker,), {"_auto_end_run": False}
-        )()  # MLflow's `__del__` reads it without the package
+        # MLflow's `__del__` reads what its `__init__` sets, which fails without the package
+        type(tracker.__name__, (tracker,), {"_auto_end_run": False})()
 
 
 @contextmanager
