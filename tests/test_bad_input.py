@@ -133,6 +133,12 @@ def test_a_bad_override(answer: Any, override: str, expected: str) -> None:
     assert expected in answer("r: 4", "r: 4", "--set", override)
 
 
+def test_an_output_where_nothing_can_be_written(answer: Any) -> None:
+    said = answer("r: 4", "r: 4", "--output", "/sys/run")  # not even by root
+    assert said.startswith("error: /sys/run: cannot be written: ")
+    assert said.endswith("; choose another directory with --output\n")
+
+
 def test_too_many_open_files(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     opened = []
