@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import select
 import signal
 import sys
 from functools import cache
@@ -166,6 +167,9 @@ def test_flags_that_do_not_fit(base: Path, flags: list[str], text: str, capsys: 
     assert text in capsys.readouterr().err
 
 
+PATIENCE = 120  # seconds without a character, on a machine that is busy
+
+
 class Terminal:
     """A command that has a pseudo-terminal for its own, driven by what it shows."""
 
@@ -181,6 +185,7 @@ class Terminal:
     def until(self, text: str) -> str:
         """What is shown up to and with the text."""
         while text not in self.shown:
+            assert select.select([self.stream], [], [], PATIENCE)[0], f"no {text!r} after {self.shown!r}"
             self.shown += os.read(self.stream, 65536).decode(errors="replace").replace("\r\n", "\n")
         before, _, self.shown = self.shown.partition(text)
         return before + text

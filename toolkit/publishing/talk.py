@@ -311,9 +311,12 @@ def _answer(conversation: Conversation, prompt: str) -> None:
         _side_by_side(conversation, prompt, console)
         return
     for name in conversation.names:
-        if len(conversation.names) > 1:
-            print(f"{name}:")
-        _, cut_off = conversation.ask(prompt, name, lambda piece: print(plain(piece), end="", flush=True))
+        try:
+            if len(conversation.names) > 1:
+                print(f"{name}:")
+            _, cut_off = conversation.ask(prompt, name, lambda piece: print(plain(piece), end="", flush=True))
+        except KeyboardInterrupt:  # just before the model begins, or just after
+            cut_off = True
         print(" [stopped]" if cut_off else "")
 
 
