@@ -223,3 +223,10 @@ def test_on_a_terminal(base: Path) -> None:
     assert "\x1b" not in said
     terminal.type("\x04")
     assert terminal.exit_code() == 0
+
+
+def test_a_talk_ends_on_sigterm(base: Path) -> None:
+    terminal = Terminal([sys.executable, "-m", "toolkit", "chat", str(finished_run(base))])
+    terminal.until("> ")
+    os.kill(terminal.process, signal.SIGTERM)
+    assert terminal.exit_code() == -signal.SIGTERM

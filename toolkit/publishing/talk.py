@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -263,6 +264,7 @@ def _on_pipe(conversation: Conversation, as_json: bool) -> None:
 def _on_terminal(conversation: Conversation) -> None:
     import readline  # noqa: F401 - gives `input` line editing and the lines before
 
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends the talk; Ctrl-C, which is answered here, ends an answer
     print(f"{', '.join(conversation.names)}; /help shows the commands")
     if not conversation.speaker.tokenizer.chat_template:
         print("there is no chat template: the text is continued, and nothing is remembered")
