@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ from safetensors.torch import load_file
 
 import toolkit
 from tests.conftest import pairs, write_jsonl
-from tests.test_resume import kill_at
+from tests.forks import Forks
+from tests.test_resume import command
 from toolkit.recipe.sections import Guard
 from toolkit.training.guards import LN2, Said, Seen, selection, tripped
 from toolkit.training.progress import read_metrics
@@ -195,10 +197,10 @@ def test_the_best_checkpoint_is_the_one_delivered(best: dict[str, Any], write: A
     assert all(delivered[name].equal(saved[name]) for name in saved)
 
 
-def test_a_killed_run_keeps_the_same_checkpoint(best: dict[str, Any], write: Any, tmp_path: Path) -> None:
+def test_a_killed_run_keeps_the_same_checkpoint(forks: Forks, best: dict[str, Any], write: Any, tmp_path: Path) -> None:
     whole = trained(best, write, tmp_path / "whole")
     file, output = write(best), tmp_path / "killed"
-    kill_at("dpo 5/", file, output)
+    assert forks.run(*command(file, output), at=("print", "dpo 5/"))[0] == -signal.SIGKILL
     resumed = toolkit.train(file, output=output)
     assert resumed.stages["dpo"]["kept"] == whole.stages["dpo"]["kept"]
     assert resumed.stages["dpo"]["guards"] == whole.stages["dpo"]["guards"]
