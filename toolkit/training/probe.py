@@ -81,20 +81,17 @@ def explained(job: StageJob) -> Iterator[None]:
     Raises:
         RunError: the itemised estimate, and the three settings that would help most.
     """
-    try:
-        yield
-    except ToolkitError:
-        raise
-    except Exception as error:
-        if not out_of_memory(error):
-            raise
+
+    def text(error: Exception) -> str:
         kept, _ = newest(job.folder / FOLDER)
         when = f"while training; the last checkpoint is {kept.name}" if kept else "while training, no checkpoint yet"
         try:
-            text = explanation(job, error, when)
+            return explanation(job, error, when)
         except (MemoryError, RuntimeError):  # no room for an estimate either
-            text = f"{job.where()}: {when}: {exhausted(error)}"
-        raise RunError(text) from error
+            return f"{job.where()}: {when}: {exhausted(error)}"
+
+    with _worded(text):
+        yield
 
 
 def work(doing: str) -> Callable[[Callable[Concatenate[StageJob, P], T]], Callable[Concatenate[StageJob, P], T]]:
@@ -121,6 +118,13 @@ def told(doing: str) -> Iterator[None]:
     Raises:
         RunError
     """
+    with _worded(lambda error: f"{doing}: {exhausted(error)}"):
+        yield
+
+
+@contextmanager
+def _worded(text: Callable[[Exception], str]) -> Iterator[None]:
+    """Out of memory as a `RunError` with this text; what is worded already passes through."""
     try:
         yield
     except ToolkitError:
@@ -128,7 +132,7 @@ def told(doing: str) -> Iterator[None]:
     except Exception as error:
         if not out_of_memory(error):
             raise
-        raise RunError(f"{doing}: {exhausted(error)}") from error
+        raise RunError(text(error)) from error
 
 
 def explanation(job: StageJob, error: BaseException, when: str) -> str:
