@@ -91,7 +91,7 @@ def test_a_pair_is_the_batch_of_the_trainer(recipe: dict[str, Any], jobs: Any, s
     (job,) = jobs()
     assert job.data.counts.truncated > 0
     built = built_for(job)
-    assert type(built.data_collator).__name__ == ("PairCollator" if sharing else "DataCollatorForPreference")
+    assert type(built.data_collator.collate).__name__ == ("PairCollator" if sharing else "DataCollatorForPreference")
     for row in list(job.data.train)[:4]:
         batch = built.data_collator([row])
         prompt, chosen, rejected = preview_rows.pair_parts(job, row)

@@ -1,5 +1,7 @@
-"""A sharded base: what is refused before it is loaded, and the adapter that is gathered from a really sharded model."""
+"""A sharded base: what is refused before it is loaded, and what is trained on one that is really sharded."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import toolkit
+from tests.conftest import messages, pairs, write_jsonl
 from toolkit.errors import ModelError, ProofError, RunError, ToolkitError
 from toolkit.models import adapter, sharding
 from toolkit.recipe.plan import Hardware, stage_plans
+from toolkit.records.rundir import RunDirectory
+from toolkit.training.progress import read_metrics
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
@@ -122,10 +127,71 @@ def test_an_adapter_is_gathered_from_a_sharded_model(
             sharding.check_gathered(saved | {first: part}, expected)
 
 
-def launched(file: Path, output: Path, config: str, *flags: str) -> None:
-    import subprocess
-    import sys
+def on_cpu(config: str, tmp_path: Path, *arguments: str) -> list[str]:
+    """The command that runs `toolkit ARGUMENTS` as a configuration says, but on two CPU processes."""
+    folder = Path(__file__).parent.parent / "accelerate_configs"
+    file = tmp_path / f"{config}.yaml"
+    file.write_text((folder / f"{config}.yaml").read_text() + "use_cpu: true\n")
+    command = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", str(file)]
+    command += ["--num_processes", "2", "--main_process_port", "0", "-m", "tests.fsdp_on_cpu"]
+    return [*command, *arguments]
 
+
+def losses(folder: Path) -> torch.Tensor:
+    return torch.tensor([line["loss"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line])
+
+
+def test_two_shards_train_what_one_process_does_and_resume(recipe: dict[str, Any], write: Any, tmp_path: Path) -> None:
+    """SFT, a stacked DPO that is stopped by a signal and goes on, a continued one; prompts shared by both."""
+    sft, dpo = recipe["stages"]
+    write_jsonl(tmp_path / "sft.jsonl", messages(16))
+    write_jsonl(tmp_path / "dpo.jsonl", pairs(16))
+    for stage in recipe["stages"]:
+        stage["trainer"]["learning_rate"] = 1e-3
+    longer = dpo | {"trainer": dpo["trainer"] | {"num_train_epochs": 4}}
+    recipe["stages"] = [sft, longer, dpo | {"name": "more", "adapter": "continue"}]
+    one = toolkit.train(write(recipe), output=tmp_path / "one")
+    for stage in recipe["stages"]:
+        stage["trainer"] = stage["trainer"] | {"per_device_train_batch_size": 2}
+    command = on_cpu("fsdp2", tmp_path, "train", str(write(recipe)), "--output", str(tmp_path / "two"))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        for line in process.stdout:
+            if line.startswith("  dpo 2/16"):
+                process.terminate()
+        said = process.stderr.read()
+    assert "stopped by SIGTERM after step " in said
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "  resumes from checkpoint-" in done.stdout
+    assert done.stdout.count("reference log-probs computed on every step, as the model is sharded") == 2
+    for name, stage in one.stages.items():
+        ours = RunDirectory(tmp_path / "two").finished(name)
+        assert ours is not None
+        torch.testing.assert_close(losses(one.output / name), losses(tmp_path / "two" / name), rtol=1e-5, atol=1e-5)
+        if stage["type"] == "dpo":
+            assert ours["prefix_sharing"].startswith("on: ")
+            assert ours["proof"]["policy_vs_reference"] == 0.0
+            assert ours["proof"]["reference_vs_start"] < 1e-5
+    weights = [load_file(out / "adapter" / adapter.WEIGHTS) for out in (one.output, tmp_path / "two")]
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-4)
+
+
+def test_two_shards_of_a_4bit_base_are_proven_and_verified(recipe: dict[str, Any], write: Any, tmp_path: Path) -> None:
+    recipe["quantization"], recipe["model"]["dtype"] = NF4, "bfloat16"
+    command = on_cpu("fsdp2_qlora", tmp_path, "train", str(write(recipe)), "--output", str(tmp_path / "run"))
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "(bfloat16, nf4, on cpu, 2 processes, seed 7)" in done.stdout
+    record = RunDirectory(tmp_path / "run").finished("dpo")
+    assert record is not None
+    assert record["prefix_sharing"].startswith("on: ")
+    assert record["proof"]["policy_vs_reference"] == 0.0
+    assert record["proof"]["reference_vs_start"] <= 5e-2
+    assert record["reloaded_vs_policy"] <= 5e-2
+
+
+def launched(file: Path, output: Path, config: str, *flags: str) -> None:
     command = [sys.executable, "-m", "toolkit", "train", str(file), "--output", str(output), "--launch", config, *flags]
     subprocess.run(command, check=True, timeout=500)
 
@@ -141,8 +207,6 @@ def test_a_sharded_run_of_one_process_is_proven_and_verified(
     recipe["model"]["dtype"] = "bfloat16"
     recipe["quantization"] = NF4 if config == "fsdp2_qlora" else None
     launched(write(recipe), tmp_path / "run", config, "--num-processes", "1")
-    from toolkit.records.rundir import RunDirectory
-
     record = RunDirectory(tmp_path / "run").finished("dpo")
     assert record is not None
     assert record["proof"]["reference_vs_start"] <= 5e-2

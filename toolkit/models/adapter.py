@@ -84,7 +84,10 @@ def policy(base: PreTrainedModel, plan: StagePlan, start: Path | None, seed: int
     if plan.mode == "fresh" or start is None:
         return None
     if plan.mode == "continue":
-        return PeftModel.from_pretrained(base, str(start), is_trainable=True)
+        continued = PeftModel.from_pretrained(base, str(start), is_trainable=True)
+        # PEFT looks the base up by it when an FSDP checkpoint is saved; of a local base the file has the last part only
+        continued.peft_config[TRAINED].base_model_name_or_path = base.name_or_path
+        return continued
     set_seed(seed)  # as TRL does before it creates an adapter
     return StackedModel(base, lora_config(plan, where), start)
 

@@ -113,7 +113,7 @@ def _shared_hidden(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor |
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids", IDS, LENGTHS)}
     try:
         with share_prefix(model):
-            return backbone_of(model)(**inputs, use_cache=False).last_hidden_state
+            return _hidden(model, **inputs)
     except Exception as error:  # of any type: what a model makes of inputs that it was not written for
         return f"{type(error).__name__}: {first_line(error)}"
 
@@ -121,13 +121,26 @@ def _shared_hidden(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor |
 def _plain_hidden(model: Any, batch: dict[str, torch.Tensor], extra: int) -> torch.Tensor:
     """The same hidden states, from whole rows with `extra` columns of padding."""
     packed = Packed(batch)
-    hidden = backbone_of(model)(
+    hidden = _hidden(
+        model,
         input_ids=pad(packed.whole_rows(batch[IDS]), (0, extra)),
         attention_mask=pad(batch["attention_mask"], (0, extra)),
-        use_cache=False,
-    ).last_hidden_state
+    )
     rows = torch.arange(len(hidden), device=hidden.device)
     return hidden[rows[:, None], packed.places().clamp(max=packed.row_columns - 1)]
+
+
+def _hidden(model: Any, **inputs: torch.Tensor) -> torch.Tensor:
+    """What the backbone hands to the head, by a call of the whole model: FSDP gathers shards only for that."""
+    causal, handed = causal_of(model), []
+    one_logit = "logits_to_keep" in inspect.signature(type(causal).forward).parameters
+    keep = {"logits_to_keep": 1} if one_logit else {}
+    hook = backbone_of(model).register_forward_hook(lambda backbone, args, output: handed.append(output))
+    try:
+        model(**inputs, **keep, use_cache=False)
+    finally:
+        hook.remove()
+    return handed[0].last_hidden_state
 
 
 def _random_pair(vocabulary: int, windows: list[int], max_length: int | None) -> dict[str, list[int]]:

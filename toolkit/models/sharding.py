@@ -18,14 +18,17 @@ STORAGE = "bnb_4bit_quant_storage"
 
 
 class OnceSharded(TrainerCallback):
-    """Calls back when a trainer has sharded its model, before the first step; not where it resumes."""
+    """Calls back when a trainer has sharded its model, before the first step of this process.
 
-    def __init__(self, then: Callable[[], None]):
+    Args:
+        then: Called with whether the trainer goes on from a checkpoint, which is loaded by then.
+    """
+
+    def __init__(self, then: Callable[[bool], None]):
         self.then = then
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == 0:
-            self.then()
+        self.then(state.global_step > 0)
 
 
 def uses_fsdp() -> bool:

@@ -110,8 +110,7 @@ class RunDirectory:
 
     def started(self, stage: str, key: str) -> bool:
         """Whether an unfinished attempt under exactly this key lies there, to be resumed."""
-        begun = read_json(self.folder(stage) / STARTED)
-        return self.finished(stage) is None and begun is not None and begun.get("key") == key
+        return self.finished(stage) is None and self.noted(stage).get("key") == key
 
     def begin(self, stage: str, key: str, resume: bool) -> Path:
         """The folder to train in: as an interrupted attempt left it, or empty, with an older result kept aside."""
@@ -124,8 +123,18 @@ class RunDirectory:
             shutil.rmtree(self.path / ADAPTER, ignore_errors=True)
             (self.path / EVALUATION).unlink(missing_ok=True)
             (self.path / CARD).unlink(missing_ok=True)
-            write_json(folder / STARTED, {"key": key})
+            if not resume:
+                write_json(folder / STARTED, {"key": key})
         return folder
+
+    def note(self, stage: str, **about: Any) -> None:
+        """Keep something beside an unfinished attempt, for whoever resumes it."""
+        with storage(self.path):
+            write_json(self.folder(stage) / STARTED, self.noted(stage) | about)
+
+    def noted(self, stage: str) -> dict[str, Any]:
+        """What is kept beside an unfinished attempt: its key, and what was noted."""
+        return read_json(self.folder(stage) / STARTED) or {}
 
     def set_aside(self, stage: str) -> None:
         """Move a finished stage to `STAGE.previous`, in place of what was there; remove an unfinished one."""

@@ -1,5 +1,6 @@
 """The DPO stage: `trl.DPOTrainer` over tokenized pairs, with the stage's own start as the reference, proven."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,6 +49,16 @@ class PairTrainer(FiniteSteps, WholeCheckpoints, DPOTrainer):
         return LengthGrouped(pair_lengths(rows), step, seed)
 
 
+class Batches:
+    """The stage's collator: TRL's own, until prompts are shared. A data loader keeps the object it was made with."""
+
+    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]):
+        self.collate = collate
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return self.collate(rows)
+
+
 def arguments(job: StageJob) -> DPOConfig:
     """`DPOConfig` of the stage. The grouping of pairs is ours: transformers' own looks for `input_ids`."""
     own = {"train_sampling_strategy": "random"} if _groups(job) else {}
@@ -65,6 +76,7 @@ def build(job: StageJob, base: PreTrainedModel) -> PairTrainer:
         processing_class=job.tokenizer,
         peft_config=adapter.lora_config(job.plan, job.where()) if model is None else None,
     )
+    built.data_collator = Batches(built.data_collator)
     built.group_by_length = _groups(job)
     _settle_reference(built.model, job.plan)
     return built
@@ -114,8 +126,6 @@ def share_prompts(job: StageJob, built: PairTrainer) -> str:
     """
     if not job.plan.prefix_sharing:
         return "off, as the recipe asks"
-    if sharding.is_sharded():
-        return "off: a sharded model cannot be checked before training"
     collator = prefix.PairCollator(built.processing_class.pad_token_id, built.args.max_length)
     reason = prefix_check.reason_against(built.model)
     if any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in built.model.modules()):
@@ -125,17 +135,17 @@ def share_prompts(job: StageJob, built: PairTrainer) -> str:
     if reason or check is None or not check.passed:
         return f"off: {reason or check}"
     prefix.share_prefix(built.model)
-    built.data_collator = collator
+    built.data_collator.collate = collator
     return f"on: {check}"
 
 
 @work("computing the reference log-probs")
 def take_reference(job: StageJob, built: PairTrainer) -> None:
-    """Give the trainer its reference log-probs as columns, unless they are to be computed on every step."""
-    if job.plan.reference_from == "online":
-        return
-    if sharding.is_sharded():
-        say("  reference: computed on every step, as the model is sharded once training starts")
+    """Give the trainer its reference log-probs as columns, unless they are to be computed on every step.
+
+    They are where the model is sharded: it is so only once training starts, over rows that are there already.
+    """
+    if job.plan.reference_from == "online" or sharding.is_sharded():
         return
     built.train_dataset = reference.with_reference(job, built, built.train_dataset, "training")
     if built.eval_dataset is not None:

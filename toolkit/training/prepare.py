@@ -148,6 +148,7 @@ def _stage_lines(job: StageJob, state: str) -> list[str]:
     if plan.type == "dpo":
         how = f"run twice: {job.no_sharing}" if job.no_sharing else "run once for each pair (checked on the model)"
         source = "once, kept for later runs" if plan.reference_from == "cached" else "on every step"
+        source = "on every step, as the model is sharded" if sharding.is_sharded() else source
         lines.append(f"  speed      prompts {how}; reference log-probs computed {source}")
     lines.append(f"  adapter    {job.trainable:,} trainable parameters" + _lora_text(plan))
     return lines

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +40,18 @@ def run_stage(job: StageJob, run: RunDirectory, resume: bool, probe: bool) -> No
     plan, began = job.plan, time.monotonic()
     say(f"{plan.name}: {plan.type}")
     with head.small_tiles(job.hardware.device):
-        partial, record = _trained(job, run, resume, probe)
+        unverified, record = _trained(job, run, resume, probe)
     trainer.release()
     state = PartialState()
     if state.is_main_process:
-        difference = verify(job, partial, record.pop("policy_logps"))
+        difference = verify(job, unverified, record.pop("policy_logps"))
         record |= {
             "reloaded_vs_policy": difference,
-            "adapter_digest": adapter.adapter_digest(partial),
+            "adapter_digest": adapter.adapter_digest(unverified),
             "seconds": time.monotonic() - began,
         }
         say(f"  saved, reloaded on a fresh base: equal to the trained policy to {difference:.1e} nats per token\n")
-        run.finish(plan.name, partial, record)
+        run.finish(plan.name, unverified, record)
     state.wait_for_everyone()
 
 
@@ -80,11 +81,11 @@ def _trained(job: StageJob, run: RunDirectory, resume: bool, probe: bool) -> tup
     start = start_logps(job) if plan.type == "dpo" else None
     built = build(job, _load(job, to_shard=True))
     if start is not None:
-        record["prefix_sharing"] = dpo.share_prompts(job, built)
-        say(f"  prefix sharing {record['prefix_sharing']}")
         if sharding.is_sharded():
-            built.add_callback(sharding.OnceSharded(lambda: _prove(job, built, start, record)))
+            about = {"job": job, "built": built, "run": run, "start": start, "record": record}
+            built.add_callback(sharding.OnceSharded(partial(_once_sharded, **about)))
         else:
+            _share_prompts(job, built, record)
             _prove(job, built, start, record)
         asked = time.monotonic()
         dpo.take_reference(job, built)
@@ -98,14 +99,35 @@ def _trained(job: StageJob, run: RunDirectory, resume: bool, probe: bool) -> tup
     if watching is not None:
         record |= dpo.outcome(watching, built)
     record["trainer_args"] = built.args.to_dict()
-    partial = job.folder / "adapter.partial"
+    unverified = job.folder / "adapter.partial"
     if sharding.is_sharded() or state.is_main_process:  # every process holds a part of a sharded model
         record["policy_logps"] = _logps_of(job, built.model)
     gathered = sharding.gathered(built.model)
     if state.is_main_process:
         with storage(run.path):
-            _save(built.model, job, partial, gathered)
-    return partial, record
+            _save(built.model, job, unverified, gathered)
+    return unverified, record
+
+
+def _once_sharded(
+    resumed: bool, *, job: StageJob, built: Any, run: RunDirectory, start: Any, record: dict[str, Any]
+) -> None:
+    """What a DPO stage does before its first step, on a model that is sharded by then.
+
+    A stage that resumes has left its start; it was proven when it began.
+    """
+    _share_prompts(job, built, record)
+    if resumed:
+        record["proof"] = run.noted(job.plan.name).get("proof")
+        return
+    _prove(job, built, start, record)
+    if PartialState().is_main_process:
+        run.note(job.plan.name, proof=record["proof"])
+
+
+def _share_prompts(job: StageJob, built: Any, record: dict[str, Any]) -> None:
+    record["prefix_sharing"] = dpo.share_prompts(job, built)
+    say(f"  prefix sharing {record['prefix_sharing']}")
 
 
 def _prove(job: StageJob, built: Any, start: Any, record: dict[str, Any]) -> None:
