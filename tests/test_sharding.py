@@ -142,14 +142,18 @@ def losses(folder: Path) -> torch.Tensor:
 
 
 def test_two_shards_train_what_one_process_does_and_resume(recipe: dict[str, Any], write: Any, tmp_path: Path) -> None:
-    """SFT, a stacked DPO that is stopped by a signal and goes on, a continued one; prompts shared by both."""
+    """SFT, a stacked DPO that is stopped by a signal and goes on, a continued one of which the best is kept."""
     sft, dpo = recipe["stages"]
     write_jsonl(tmp_path / "sft.jsonl", messages(16))
     write_jsonl(tmp_path / "dpo.jsonl", pairs(16))
     for stage in recipe["stages"]:
         stage["trainer"]["learning_rate"] = 1e-3
     longer = dpo | {"trainer": dpo["trainer"] | {"num_train_epochs": 4}}
-    recipe["stages"] = [sft, longer, dpo | {"name": "more", "adapter": "continue"}]
+    held_out = str(write_jsonl(tmp_path / "held_out.jsonl", pairs(4)))
+    best = dpo | {"name": "more", "adapter": "continue", "keep": "best", "eval_data": held_out}
+    best["trainer"] = dpo["trainer"] | {"eval_strategy": "steps", "eval_steps": 2}
+    del best["trainer"]["save_strategy"]
+    recipe["stages"], recipe["guard"] = [sft, longer, best], {"prompts": 2, "max_new_tokens": 4, "kl": 1e-4}
     one = toolkit.train(write(recipe), output=tmp_path / "one")
     for stage in recipe["stages"]:
         stage["trainer"] = stage["trainer"] | {"per_device_train_batch_size": 2}
@@ -173,6 +177,8 @@ def test_two_shards_train_what_one_process_does_and_resume(recipe: dict[str, Any
             assert ours["prefix_sharing"].startswith("on: ")
             assert ours["proof"]["policy_vs_reference"] == 0.0
             assert ours["proof"]["reference_vs_start"] < 1e-5
+        if name == "more":
+            assert ours["kept"]["step"] == stage["kept"]["step"] == 2  # of 4: nearest to the bound
     weights = [load_file(out / "adapter" / adapter.WEIGHTS) for out in (one.output, tmp_path / "two")]
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-4)
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from toolkit.launching.processes import from_main
 from toolkit.models.adapter import TRAINED
 from toolkit.records.rundir import read_json, sync, sync_tree, write_json
 from toolkit.training.progress import say
@@ -41,8 +42,7 @@ class WholeCheckpoints:
         self.accelerator.wait_for_everyone()
         with _set(self.args, output_dir=str(partial), save_total_limit=None):
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
-        if str(self.state.best_model_checkpoint).startswith(str(partial)):
-            self.state.best_model_checkpoint = str(whole)
+        self.state.best_model_checkpoint = self._best(folder)
         self.accelerator.wait_for_everyone()  # every process has written its RNG state
         if self.args.should_save:
             self.state.save_to_json(str(partial / name / "trainer_state.json"))
@@ -50,6 +50,13 @@ class WholeCheckpoints:
             take_in(partial / name, whole)
             rotate(whole, limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
+
+    def _best(self, folder: Path) -> str | None:
+        """The best checkpoint so far, on every process: transformers looks before a sharded one has its folder."""
+        step = self.state.best_global_step
+        path = folder / f"{PREFIX}{step}"
+        there = bool(step) and (step == self.state.global_step or path.is_dir())
+        return from_main(str(path) if there else None)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:

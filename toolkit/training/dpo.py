@@ -154,16 +154,8 @@ def take_reference(job: StageJob, built: PairTrainer) -> None:
 
 
 def watch_over(job: StageJob, built: PairTrainer) -> watch.Guards | None:
-    """Put the guards on the trainer; `None` where they are off and nothing is to be chosen.
-
-    Raises:
-        ModelError: `keep: best` on a sharded model, which cannot answer prompts in the middle of training.
-    """
+    """Put the guards on the trainer; `None` where they are off and nothing is to be chosen."""
     watching = watch.Guards(job, built)
-    if job.plan.keep == "best" and not watching.generates:
-        raise ModelError(
-            f"{job.where('keep')}: best measures the KL on answers, which a sharded model cannot give here"
-        )
     if watching.guard.action == "off" and job.plan.keep == "last":
         return None
     built.add_callback(watching)

@@ -16,6 +16,7 @@ from trl.trainer.utils import use_adapter
 
 from toolkit.evaluation import generate, measure
 from toolkit.job import StageJob
+from toolkit.models import sharding
 from toolkit.recipe.sections import Guard
 from toolkit.records.rundir import write_text
 from toolkit.training import guards
@@ -33,7 +34,7 @@ class Guards(TrainerCallback):
     def __init__(self, job: StageJob, trainer: Any):
         self.job, self.trainer = job, trainer
         self.guard = Guard(**(job.plan.guard or {}))
-        self.generates = job.data.eval is not None and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+        self.generates = job.data.eval is not None
         self.said: list[dict[str, Any]] = []
         self.reference: Said | None = None
         self.prompts, self.chosen_tokens = _prompts(job, self.guard.prompts)
@@ -139,9 +140,12 @@ class Guards(TrainerCallback):
                 stream.write(json.dumps(one.as_dict()) + "\n")
 
     def _observe(self) -> tuple[Said, float]:
-        """The policy's answers and its KL in nats per token, by the main process for all."""
+        """The policy's answers and its KL in nats per token, by the main process for all.
+
+        Of a sharded base no process has the whole: there all of them compute the same.
+        """
         found: list[Any] = [None]
-        if self.trainer.accelerator.is_main_process:
+        if self.trainer.accelerator.is_main_process or sharding.is_sharded():
             model = self.trainer.accelerator.unwrap_model(self.trainer.model)
             was_training = model.training
             model.eval()
