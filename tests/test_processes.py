@@ -24,6 +24,20 @@ from toolkit.cli import main
 sys.exit(main(sys.argv[2:]))
 """
 
+FAILS_IN_THE_PASS = """
+import os, sys
+from toolkit.training import reference
+compute, batches = reference._logps, []
+def fails(*about):
+    batches.append(about)
+    if os.environ["RANK"] == "1" and len(batches) > 2:
+        raise OSError(5, "Input/output error")
+    return compute(*about)
+reference._logps = fails
+from toolkit.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
 ON_ONE_GPU = """
 import os, sys
 import torch
@@ -100,6 +114,36 @@ def test_a_signal_ends_two_processes_after_one_step_and_they_resume(
         for folder in (one.output, tmp_path / "two")
     ]
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-5, atol=1e-5)
+
+
+def test_an_interrupted_reference_pass_of_two_processes_goes_on(
+    recipe: dict[str, Any], write: Any, tmp_path: Path
+) -> None:
+    recipe["stages"] = recipe["stages"][1:]
+    recipe["stages"][0]["trainer"]["per_device_train_batch_size"] = 1  # two pairs to a batch of the pass
+    write_jsonl(tmp_path / "dpo.jsonl", pairs(16))
+    overrides = ("stages.dpo.reference=online", "stages.dpo.trainer.per_device_train_batch_size=2")
+    one = toolkit.train(write(recipe), output=tmp_path / "one", overrides=overrides)
+    script = tmp_path / "fails_in_the_pass.py"
+    script.write_text(FAILS_IN_THE_PASS)
+    config = Path(__file__).parent.parent / "accelerate_configs" / "cpu_2proc.yaml"
+    command = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", str(config)]
+    command += ["--main_process_port", "0"]
+    arguments = ["train", str(write(recipe)), "--output", str(tmp_path / "two")]
+    own = {"TOOLKIT_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(Path(__file__).parent.parent)}
+    failed, done = (
+        subprocess.run(
+            [*command, *how, *arguments], capture_output=True, text=True, env=os.environ | own, check=False, timeout=200
+        )
+        for how in ([str(script)], ["-m", "toolkit"])
+    )
+    assert failed.stderr.count("the disk fails: Input/output error") == 1, failed.stderr
+    assert done.returncode == 0, done.stderr
+    assert "training pairs were computed before the interruption" in done.stdout, done.stdout
+    assert "reference: 16 training pairs computed" in done.stdout
+    metrics = [read_metrics(out / "dpo" / "metrics.jsonl") for out in (one.output, tmp_path / "two")]
+    losses = [torch.tensor([line["loss"] for line in lines if "loss" in line]) for lines in metrics]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu
