@@ -197,6 +197,16 @@ def test_a_limit_on_open_files_ends_a_run_that_goes_on_to_the_same_bits(
     assert adapter_bits(tmp_path / "run") == adapter_bits(whole)
 
 
+def test_rows_whose_files_are_cut_off_in_mid_epoch_are_trained_on_all_the_same(
+    forks: Forks, uninterrupted: tuple[Path, Path], tmp_path: Path
+) -> None:
+    (file, whole), own = uninterrupted, {"TOOLKIT_CACHE": str(uninterrupted[0].parent / "cache")}
+    code, said = forks.run(*command(file, tmp_path / "run"), at=("print", "sft 2/"), then="cut", **own)
+    assert code == 0, said
+    assert int(said.split("cut off: ")[1].split()[0]) >= 2
+    assert adapter_bits(tmp_path / "run") == adapter_bits(whole)
+
+
 def adapter_bits(run: Path, name: str = "adapter") -> bytes:
     return (run / name / "adapter_model.safetensors").read_bytes()
 

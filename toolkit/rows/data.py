@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
 from datasets import Dataset, concatenate_datasets
 from jinja2 import TemplateError
 
@@ -28,6 +29,7 @@ IDS = {
     "sft": datasets.Features(dict.fromkeys(("input_ids", "labels"), _TOKENS) | _TOLD),
     "dpo": datasets.Features(dict.fromkeys(("prompt_ids", "chosen_ids", "rejected_ids"), _TOKENS) | _TOLD),
 }
+IN_MEMORY = 2**30  # bytes of tokenized rows
 KEPT, TRUNCATED = "kept", "truncated"
 EMPTY, NO_ROOM, NO_ASSISTANT = "empty answer", "prompt fills max_length", "no assistant turn"
 
@@ -152,13 +154,26 @@ def _tokenized(
             kept = tokens.filter(lambda s: s in (KEPT, TRUNCATED), input_columns="status")
         parts.append(kept.remove_columns(list(_TOLD)))
         told.append(SourceRows(where, shape, rows, numbers, origin(source, rows), tokens))
-    train = concatenate_datasets(parts)
+    train = _in_memory(concatenate_datasets(parts))
     dropped = {reason: n for reason, n in status.items() if reason not in (KEPT, TRUNCATED)}
     if len(train) == 0:
         reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items())
         raise DataError(f"{recipe.where('stages', plan.index, key)}: no row is left to train on ({reasons})")
     tokens, supervised = _count_tokens(train, plan.type)
     return train, Counts(len(train), tokens, supervised, status[TRUNCATED], dropped), told
+
+
+def _in_memory(rows: Dataset) -> Dataset:
+    """The same rows, read from the cache of `datasets` once and for all, unless they are very many.
+
+    A mapped file that is cut off, or whose disk fails, kills the process that reads on, without a word.
+    """
+    if rows.data.nbytes > IN_MEMORY:
+        return rows
+    table, buffer = rows.with_format("arrow")[:], pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(buffer, table.schema) as stream:
+        stream.write_table(table)
+    return Dataset.from_buffer(buffer.getvalue(), info=rows.info)
 
 
 def _map(rows: Dataset, shape: str, plan: StagePlan, tokenizer: Any, where: str, *, numbers: Sequence[int]) -> Dataset:
