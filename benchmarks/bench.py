@@ -253,26 +253,31 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             bench = Bench(folder, make_model(folder / "model", shape, dtype), dtype, quantization)
-            report = run_all(bench, shape, args)
-        (args.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            report = run_all(bench, shape, args, args.out / f"{name}.json")
         print(f"\n{name}\n\n{table(report)}", flush=True)
 
 
-def run_all(bench: Bench, shape: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Every case that is asked for."""
+def run_all(bench: Bench, shape: str, args: argparse.Namespace, file: Path) -> dict[str, Any]:
+    """Every case that is asked for; the file holds those that are done."""
 
     def asked(name: str) -> bool:
         return not args.only or any(part in name for part in args.only)
 
     cases = CPU_CASES if args.device == "cpu" else CUDA_CASES
     report: dict[str, Any] = {"shape": shape, "threads": os.environ.get("OMP_NUM_THREADS"), "cases": {}}
+
+    def keep() -> None:
+        file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
     for case in cases:
         if asked(case.name):
             report["cases"][case.name] = run_case(bench, case, shape, args.repeat)
+            keep()
     if args.device == "cpu" and asked("first step"):
         report["first_step"] = run_first_step(bench.folder, args.repeat)
     if args.device == "cpu" and asked("stacked"):
         report["stacked"] = run_stacked(bench, args.repeat)
+    keep()
     return report
 
 
