@@ -16,8 +16,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from toolkit.evaluation import generate, heldout
-from toolkit.evaluation.evaluate import Switched
 from toolkit.models import model
+from toolkit.models.switched import Switched
 from toolkit.records.rundir import RunDirectory
 from toolkit.rows import chat
 

@@ -25,18 +25,16 @@ A summary holds, each measured one as `{value, low, high, n}` with a 95 % bootst
 What cannot be measured (no pairs, no reference) is `null`.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
-
 from toolkit.evaluation import generate, harness, heldout, measure
 from toolkit.evaluation.heldout import HeldOut
 from toolkit.models import adapter, model
+from toolkit.models.switched import Switched
 from toolkit.recipe.plan import Hardware, digest, model_dtype, quantization
 from toolkit.recipe.sections import Evaluate, Recipe
 from toolkit.records.rundir import EVALUATION, RunDirectory, read_json, storage, write_json
@@ -56,40 +54,6 @@ class Contender:
     reference: str | None
     """The reference's name; the base itself has none."""
     beta: float
-
-
-class Switched:
-    """One loaded base that is any of several models: `with models.use(adapter)`."""
-
-    def __init__(self, recipe: Recipe, hardware: Hardware, adapters: Sequence[Path]):
-        self.model: Any = model.load_base(recipe, hardware)
-        self.names = {path: f"model{i}" for i, path in enumerate(dict.fromkeys(adapters))}  # PEFT takes no dots
-        for path, name in self.names.items():
-            if isinstance(self.model, PeftModel):
-                self.model.load_adapter(str(path), adapter_name=name)
-            else:
-                self.model = PeftModel.from_pretrained(self.model, str(path), adapter_name=name)
-        self.model.eval()
-        self.current: Path | None = None
-        self._switch(None)
-
-    @contextmanager
-    def use(self, path: Path | None) -> Iterator[Any]:
-        """The base with this adapter, or without any; what was in use before is so again afterwards."""
-        before, self.current = self.current, path
-        self._switch(path)
-        try:
-            yield self.model
-        finally:
-            self.current = before
-            self._switch(before)
-
-    def _switch(self, path: Path | None) -> None:
-        if path is not None:
-            self.model.base_model.enable_adapter_layers()
-            self.model.set_adapter(self.names[path], inference_mode=True)
-        elif self.names:
-            self.model.base_model.disable_adapter_layers()
 
 
 def evaluate(

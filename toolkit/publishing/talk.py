@@ -5,15 +5,13 @@ import os
 import signal
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from jinja2.exceptions import TemplateError
-from peft import PeftModel
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -23,6 +21,7 @@ from transformers import GenerationConfig, TextStreamer, set_seed
 from toolkit.errors import ModelError, RunError, ToolkitError
 from toolkit.evaluation.evaluate import BASE
 from toolkit.models import model
+from toolkit.models.switched import Switched
 from toolkit.publishing.saved_run import SavedRun, load_run
 from toolkit.rows import chat
 from toolkit.wording import first_line
@@ -90,14 +89,8 @@ class Speaker:
     def __init__(self, run: SavedRun, sampling: Sampling):
         self.sampling = sampling
         self.tokenizer = chat.load_tokenizer(run.recipe)
-        self.names = [BASE, *run.adapters]
-        loaded: Any = model.load_base(run.recipe, model.detect_hardware())
-        for i, folder in enumerate(run.adapters.values()):  # PEFT takes no name with a dot in it
-            if isinstance(loaded, PeftModel):
-                loaded.load_adapter(str(folder), adapter_name=f"stage{i}")
-            else:
-                loaded = PeftModel.from_pretrained(loaded, str(folder), adapter_name=f"stage{i}")
-        self.model = loaded.eval()
+        self.adapters: dict[str, Path | None] = {BASE: None, **run.adapters}
+        self.models = Switched(run.recipe, model.detect_hardware(), list(run.adapters.values()))
 
     def answer(self, name: str, messages: Messages, heard: Callable[[str], None]) -> tuple[str, bool]:
         """Generate an answer; `heard` gets each new piece of it, as the model wrote it.
@@ -111,11 +104,11 @@ class Speaker:
         stream = _Stream(self.tokenizer, heard)
         try:
             ids, room = self._prompt(messages)
-            inputs = torch.tensor([ids], device=self.model.device)
+            inputs = torch.tensor([ids], device=self.models.model.device)
             if self.sampling.seed is not None:
                 set_seed(self.sampling.seed)
-            with torch.no_grad(), self._acting(name):
-                self.model.generate(
+            with torch.no_grad(), self.models.use(self.adapters[name]) as speaking:
+                speaking.generate(
                     input_ids=inputs,
                     attention_mask=torch.ones_like(inputs),
                     generation_config=self.sampling.config(self.tokenizer, room),
@@ -126,18 +119,9 @@ class Speaker:
             return "".join(stream.pieces), True
         return "".join(stream.pieces), False
 
-    @contextmanager
-    def _acting(self, name: str) -> Iterator[None]:
-        if name == BASE:
-            with self.model.disable_adapter():
-                yield
-        else:
-            self.model.set_adapter(f"stage{self.names.index(name) - 1}", inference_mode=True)
-            yield
-
     def _prompt(self, messages: Messages) -> tuple[list[int], int]:
         """Token ids `(seq,)` and the tokens left for an answer; the oldest exchanges are left out where that is few."""
-        text = self.model.config.get_text_config()
+        text = self.models.model.config.get_text_config()
         limit = getattr(text, "max_position_embeddings", None) or sys.maxsize
         system = 1 if messages[0]["role"] == "system" else 0
         while True:
@@ -288,7 +272,7 @@ def _on_terminal(conversation: Conversation) -> None:
 
 def _command(conversation: Conversation, line: str) -> str:
     command, _, argument = line.partition(" ")
-    argument, names = argument.strip(), conversation.speaker.names
+    argument, names = argument.strip(), list(conversation.speaker.adapters)
     match command:
         case "/help":
             return HELP.format(names=", ".join(names))
