@@ -70,6 +70,16 @@ def test_warnings_stop_nothing_unless_strict(said: Any) -> None:
     assert code == 2 and out.endswith("0 errors, 2 warnings, 9 notes (--strict: warnings are errors)\n")
 
 
+def test_what_cannot_be_evaluated_is_told(recipe: dict[str, Any], said: Any, tmp_path: Path) -> None:
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", [{"prompt": "what is red", "answer": "it is"}])
+    recipe["evaluate"] = {"data": str(held_out), "scores": {"right": {"column": "answer"}}}
+    assert "[evaluate]" not in said()[1]
+    recipe["evaluate"]["scores"] = {"right": {"column": "answre"}}
+    code, out = said()
+    assert code == 2
+    assert out.count("answre") == out.count("[evaluate]") == 1, out
+
+
 def test_resources_are_those_of_the_launch(said: Any) -> None:
     code, out = said("--json", "--launch", "ddp", "--num-processes", "2")
     told = json.loads(out)

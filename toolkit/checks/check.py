@@ -13,6 +13,7 @@ from toolkit.checks import template as check_template
 from toolkit.checks.access import check_access
 from toolkit.checks.needs import check_resources, hardware_of, planned_for
 from toolkit.errors import DataError, ToolkitError
+from toolkit.evaluation import evaluate
 from toolkit.findings import Finding
 from toolkit.job import StageJob
 from toolkit.launching import processes
@@ -28,7 +29,9 @@ Part = tuple[str, list[Finding]]
 def check(
     recipe: Recipe, stages: dict[str, Any], launch: Path | None = None, number: int | None = None
 ) -> Iterator[Part]:
-    """The findings part by part: access, tokenizer, each stage, resources. Nothing is written, no weight is loaded.
+    """The findings part by part: access, tokenizer, each stage, evaluate, resources.
+
+    Nothing is written, no weight is loaded.
 
     Args:
         stages: Filled with a summary of each stage.
@@ -52,6 +55,8 @@ def check(
         jobs = [planned_for(job, hardware) for job in jobs]
     stages.update({job.plan.name: summary(job) for job in jobs})
     yield from check_prepared(prepared, jobs)
+    if recipe.evaluate is not None:
+        yield "evaluate", _check_evaluate(prepared)
     found = check_resources(jobs, run.path, sharding, this_machine=jobs[0].hardware.device == here.device)
     yield "resources", ([] if launch is None else [_launch_note(launch, jobs[0])]) + found
 
@@ -106,6 +111,14 @@ def _check_stage(job: StageJob) -> list[Finding]:
     text = check_data.read_text(job.data.sources, job.plan.type, job.tokenizer, job.recipe.seed)
     found += check_data.check_text(job, text) + check_data.check_overlap(job, text, job.tokenizer)
     return found + (check_pairs.check_pairs(job) if job.plan.type == "dpo" else [])
+
+
+def _check_evaluate(prepared: Prepared) -> list[Finding]:
+    try:
+        evaluate.check(prepared.recipe, prepared.hardware, prepared.tokenizer)
+    except ToolkitError as error:
+        return [Finding("error", "evaluate", *_where_and_text(line)) for line in str(error).split("\n")]
+    return []
 
 
 def _launch_note(file: Path, job: StageJob) -> Finding:
