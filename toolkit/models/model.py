@@ -81,6 +81,7 @@ def load_base(recipe: Recipe, hardware: Hardware, to_shard: bool = False) -> Pre
 def empty_base(recipe: Recipe) -> PreTrainedModel:
     """The base's modules without its weights, on the meta device: shapes and names for the plan."""
     model = recipe.model
+    sharding.forget_deepspeed()
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(
             _config(recipe), trust_remote_code=model.trust_remote_code, attn_implementation=model.attn_implementation

@@ -85,9 +85,9 @@ def gathered(model: Any) -> dict[str, torch.Tensor] | None:
     if any(isinstance(p, DTensor) for p in trained.values()):
         return {name: _whole(p) for name, p in trained.items()}
     if any(hasattr(p, "ds_id") for p in trained.values()):  # ZeRO-3
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters(list(trained.values())):
+        with deepspeed.zero.GatheredParameters(list(trained.values())):
             return {name: p.detach().cpu().clone() for name, p in trained.items()}
     return None
 
@@ -119,9 +119,9 @@ def check_gathered(saved: dict[str, torch.Tensor], expected: dict[str, tuple[int
 
 
 def forget_deepspeed() -> None:
-    """Let transformers load the next model in whole: once a ZeRO-3 trainer was made, it shards all it loads.
+    """Let transformers make the next model in whole: once a ZeRO-3 trainer was made, it shards all it makes.
 
-    A model that one process loads to verify another would wait for the others for ever.
+    A model that one process loads to verify another, or makes without weights, would wait for the others for ever.
     """
     if zero_stage() == 3:
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
