@@ -48,6 +48,13 @@ def test_sharding_divides_what_it_says(tmp_path: Path) -> None:
     file.write_text("distributed_type: DEEPSPEED\nnum_processes: 8\ndeepspeed_config: {zero_stage: 2}\n")
     assert Sharding.from_file(file) == Sharding(8, weights=1, gradients=8, optimizer=8)
     assert Sharding.fsdp(4) == Sharding(4, 4, 4, 4)
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {\n\t"stage": 3}}')  # goes before accelerate's setting
+    named = "distributed_type: DEEPSPEED\nnum_processes: 8\ndeepspeed_config: {deepspeed_config_file: "
+    file.write_text(f"{named}{tmp_path}/ds.json, zero_stage: 2}}\n")
+    assert Sharding.from_file(file) == Sharding(8, weights=8, gradients=8, optimizer=8)
+    file.write_text(f"{named}{tmp_path}/none.json}}\n")
+    with pytest.raises(RunError, match=r"deepspeed_config_file: .*none\.json: cannot be read"):
+        Sharding.from_file(file)
     file.write_text("- no mapping\n")
     with pytest.raises(RunError, match="a mapping is expected"):
         Sharding.from_file(file)

@@ -66,6 +66,15 @@ def test_reentrant_checkpointing_is_what_zero_3_needs(
         sharding.check(toolkit.load_recipe(write(recipe)), GPU)
 
 
+def test_the_stage_in_a_configuration_file_of_deepspeed_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate's launcher leaves its own variable out then."""
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3}}')
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert sharding.zero_stage() == 2
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "ds.json"))
+    assert sharding.zero_stage() == 3 and sharding.is_sharded()
+
+
 def test_fsdp_stores_4bit_weights_as_the_base_type(
     recipe: dict[str, Any], write: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

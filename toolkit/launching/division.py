@@ -26,7 +26,7 @@ class Sharding:
             strategy = os.environ.get("FSDP_SHARDING_STRATEGY", "FULL_SHARD")
             return cls.fsdp(processes, strategy)
         if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("true", "1"):
-            return cls.zero(processes, int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")))
+            return cls.zero(processes, launched_zero_stage())
         return cls(processes)
 
     @classmethod
@@ -42,7 +42,8 @@ class Sharding:
             fsdp = config.get("fsdp_config") or {}
             return cls.fsdp(n, str(fsdp.get("fsdp_sharding_strategy", "FULL_SHARD")))
         if config.get("distributed_type") == "DEEPSPEED":
-            return cls.zero(n, int((config.get("deepspeed_config") or {}).get("zero_stage", 2)))
+            asked = config.get("deepspeed_config") or {}
+            return cls.zero(n, _zero_stage(asked.get("deepspeed_config_file"), asked.get("zero_stage")))
         return cls(n)
 
     @classmethod
@@ -64,6 +65,16 @@ class Sharding:
         )
 
 
+def launched_zero_stage() -> int:
+    """The ZeRO stage of this process, which was launched with DeepSpeed.
+
+    Raises:
+        RunError: DeepSpeed's own configuration file cannot be read.
+    """
+    env = os.environ
+    return _zero_stage(env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"), env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE"))
+
+
 def mapping_of(file: Path) -> dict[str, Any]:
     """What stands in an accelerate config file.
 
@@ -77,3 +88,16 @@ def mapping_of(file: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise RunError(f"{file}: not an accelerate config file: a mapping is expected")
     return config
+
+
+def _zero_stage(file: str | None, stage: Any) -> int:
+    """What DeepSpeed's own file says goes before accelerate's `zero_stage`, which is left out beside one."""
+    from accelerate.utils.deepspeed import HfDeepSpeedConfig
+
+    if file and file != "none":
+        try:
+            own = HfDeepSpeedConfig(file).get_value("zero_optimization.stage")
+        except (OSError, ValueError) as error:
+            raise RunError(f"deepspeed_config_file: {file}: cannot be read: {str(error).splitlines()[0]}") from None
+        stage = stage if own in (None, "auto") else own
+    return int(2 if stage is None else stage)

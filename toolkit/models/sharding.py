@@ -11,6 +11,7 @@ import torch
 from transformers import TrainerCallback
 
 from toolkit.errors import ModelError, ProofError, RunError
+from toolkit.launching.division import launched_zero_stage
 from toolkit.recipe.plan import Hardware, model_dtype, quantization
 from toolkit.recipe.sections import Recipe
 
@@ -38,7 +39,7 @@ def uses_fsdp() -> bool:
 
 def zero_stage() -> int:
     """DeepSpeed's ZeRO stage; 0 without DeepSpeed."""
-    return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")) if _is_on("ACCELERATE_USE_DEEPSPEED") else 0
+    return launched_zero_stage() if _is_on("ACCELERATE_USE_DEEPSPEED") else 0
 
 
 def is_sharded() -> bool:
