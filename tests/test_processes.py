@@ -90,9 +90,10 @@ def test_two_processes_train_what_one_does(recipe: dict[str, Any], write: Any, t
 def test_a_signal_ends_two_processes_after_one_step_and_they_resume(
     recipe: dict[str, Any], write: Any, tmp_path: Path
 ) -> None:
-    """The launcher passes SIGTERM on; both processes agree on the step, and go on to what one process trains."""
-    recipe["stages"] = recipe["stages"][:1]
-    write_jsonl(tmp_path / "sft.jsonl", messages(16))
+    """The launcher passes SIGTERM on; both processes agree on the step, inside the second epoch, and go on there."""
+    recipe["stages"] = recipe["stages"][1:]
+    recipe["stages"][0]["trainer"]["num_train_epochs"] = 2
+    write_jsonl(tmp_path / "dpo.jsonl", pairs(24))
     one = toolkit.train(write(recipe), output=tmp_path / "one")
     recipe["stages"][0]["trainer"]["per_device_train_batch_size"] = 2
     arguments = ["train", str(write(recipe)), "--output", str(tmp_path / "two"), "--launch", "cpu_2proc"]
@@ -100,7 +101,7 @@ def test_a_signal_ends_two_processes_after_one_step_and_they_resume(
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
         for line in process.stdout:
-            if line.startswith("  sft 1/4"):
+            if line.startswith("  dpo 7/12"):
                 process.terminate()
         said = process.stderr.read()
     assert process.returncode == 75
@@ -110,7 +111,7 @@ def test_a_signal_ends_two_processes_after_one_step_and_they_resume(
     assert done.returncode == 0, done.stderr
     assert "  resumes from checkpoint-" in done.stdout
     losses = [
-        [line["loss"] for line in read_metrics(folder / "sft" / "metrics.jsonl") if "loss" in line]
+        [line["loss"] for line in read_metrics(folder / "dpo" / "metrics.jsonl") if "loss" in line]
         for folder in (one.output, tmp_path / "two")
     ]
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-5, atol=1e-5)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from toolkit.errors import ModelError
@@ -49,6 +49,17 @@ class PairTrainer(FiniteSteps, WholeCheckpoints, DPOTrainer):
         return LengthGrouped(pair_lengths(rows), step, seed)
 
 
+class OfItsEpoch(TrainerCallback):
+    """Tells the order of the rows its epoch before rows are skipped: where a stage resumes inside an epoch.
+
+    accelerate 1.15 wraps the order once more to skip, and no longer reaches it from several processes: they would go on
+    in the order of the first epoch. Remove when `DataLoaderShard.set_epoch` does.
+    """
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any) -> None:
+        train_dataloader.set_epoch(int(state.epoch))
+
+
 class Batches:
     """The stage's collator: TRL's own, until prompts are shared. A data loader keeps the object it was made with."""
 
@@ -78,6 +89,7 @@ def build(job: StageJob, base: PreTrainedModel) -> PairTrainer:
     )
     built.data_collator = Batches(built.data_collator)
     built.group_by_length = _groups(job)
+    built.add_callback(OfItsEpoch())
     _settle_reference(built.model, job.plan)
     return built
 
