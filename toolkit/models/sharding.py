@@ -4,7 +4,8 @@ accelerate's launcher says by environment variables how a run is sharded; here t
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,6 +46,11 @@ def zero_stage() -> int:
 def is_sharded() -> bool:
     """Whether no process holds the whole base while it trains: FSDP, or ZeRO-3."""
     return uses_fsdp() or zero_stage() == 3
+
+
+def layout() -> str:
+    """In which form a run keeps its optimizer's state, and so its checkpoints; empty for the plain one."""
+    return "fsdp" if uses_fsdp() else f"zero{stage}" if (stage := zero_stage()) else ""
 
 
 def check(recipe: Recipe, hardware: Hardware) -> None:
@@ -91,6 +97,26 @@ def gathered(model: Any) -> dict[str, torch.Tensor] | None:
         with deepspeed.zero.GatheredParameters(list(trained.values())):
             return {name: p.detach().cpu().clone() for name, p in trained.items()}
     return None
+
+
+@contextmanager
+def trained_only(model: Any) -> Iterator[None]:
+    """Within, the model's `state_dict` is what is in training, and nothing of the base.
+
+    DeepSpeed 0.19 leaves out frozen parameters by name: a tied head has a second one, and quantized weights keep their
+    scales beside themselves.
+    """
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    def leave_out(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        for name in state.keys() - trained:
+            del state[name]
+
+    hook = model.register_state_dict_post_hook(leave_out)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def check_gathered(saved: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]]) -> None:

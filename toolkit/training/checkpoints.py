@@ -8,11 +8,12 @@ every file.
 import hashlib
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from toolkit.launching.processes import from_main
+from toolkit.models import sharding
 from toolkit.models.adapter import TRAINED
 from toolkit.records.rundir import read_json, sync, sync_tree, write_json
 from toolkit.training.progress import say
@@ -25,7 +26,7 @@ class WholeCheckpoints:
     """In front of a transformers `Trainer`: writes its checkpoints as this module describes.
 
     transformers 5.23 writes `checkpoint-N` in place, with the tokenizer, the arguments as a pickle and PEFT's other
-    adapters, and deletes older ones unread. `_save_checkpoint` and `_save` have no public counterpart. Remove when
+    adapters, and deletes older ones unread. What is overridden has no public counterpart. Remove when
     transformers writes a checkpoint under another name first.
     """
 
@@ -33,6 +34,7 @@ class WholeCheckpoints:
     state: Any
     model: Any
     accelerator: Any
+    is_deepspeed_enabled: bool
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         folder, name = Path(self.args.output_dir), f"{PREFIX}{self.state.global_step}"
@@ -57,6 +59,10 @@ class WholeCheckpoints:
         path = folder / f"{PREFIX}{step}"
         there = bool(step) and (step == self.state.global_step or path.is_dir())
         return from_main(str(path) if there else None)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with sharding.trained_only(self.model) if self.is_deepspeed_enabled else nullcontext():
+            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:

@@ -70,11 +70,13 @@ def state_of(job: StageJob, run: RunDirectory, rerun: set[str]) -> str:
 
 
 def attempt_key(job: StageJob) -> str:
-    """What an interrupted stage must have been working on to be resumed: its settings, the very adapter it had, and
-    the same number of processes, since a checkpoint counts its steps and its place in the data by them.
+    """What an interrupted stage must have been working on to be resumed: its settings, the very adapter it had,
+    the same number of processes, since a checkpoint counts its steps and its place in the data by them, and the same
+    sharding: transformers would go on without the optimizer's state where it finds none in its own form.
     """
     start = _digest_or_none(job.start) if job.start else None
-    return digest([job.digest, start, job.steps, job.hardware.processes])
+    layout = [sharding.layout()] if sharding.layout() else []
+    return digest([job.digest, start, job.steps, job.hardware.processes, *layout])
 
 
 def resolved(prepared: Prepared) -> dict[str, Any]:
