@@ -93,7 +93,9 @@ class Bench:
         }
 
     def trl(self, case: Case, data: Path) -> dict[str, Any]:
-        own = {"bf16": self.dtype == "bfloat16", "seed": 42} | ({"dataloader_pin_memory": False} if not cuda() else {})
+        own = {"bf16": self.dtype == "bfloat16", "seed": 42} | (
+            {} if cuda() else {"dataloader_pin_memory": False, "use_cpu": True}
+        )
         settings = {
             "kind": case.kind,
             "model": str(self.model),

@@ -24,7 +24,10 @@ class Steps(TrainerCallback):
 def main(settings: dict[str, Any]) -> None:
     load: dict[str, Any] = {"dtype": getattr(torch, settings["dtype"])}
     if settings["quantization"]:
-        load |= {"quantization_config": BitsAndBytesConfig(**settings["quantization"]), "device_map": {"": 0}}
+        load |= {
+            "quantization_config": BitsAndBytesConfig(**settings["quantization"]),
+            "device_map": {"": 0 if torch.cuda.is_available() else "cpu"},
+        }
     if settings["attn_implementation"]:
         load["attn_implementation"] = settings["attn_implementation"]
     model = AutoModelForCausalLM.from_pretrained(settings["model"], **load)
