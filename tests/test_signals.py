@@ -1,8 +1,11 @@
 """The command that resumes, and a second Ctrl-C."""
 
+import multiprocessing
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -44,3 +47,29 @@ def test_outside_a_step_a_signal_leaves_at_once() -> None:
     with pytest.raises(signals.Stopped) as stopped, signals.raised():
         os.kill(os.getpid(), signal.SIGTERM)
     assert stopped.value.exit_code == 75
+
+
+def double(work: Any) -> None:
+    """A data loader's worker, with PyTorch's handlers."""
+    from torch.utils.data._utils.signal_handling import _set_worker_signal_handlers
+
+    _set_worker_signal_handlers()
+    while True:
+        work.send(2 * work.recv())
+
+
+def test_a_worker_forked_in_a_step_ends_at_its_parents_sigterm_only() -> None:
+    ours, theirs = multiprocessing.get_context("fork").Pipe()
+    with signals.noted():
+        worker = multiprocessing.get_context("fork").Process(target=double, args=(theirs,), daemon=True)
+        worker.start()
+    theirs.close()
+    for number in (1, 2):
+        ours.send(number)
+        assert ours.recv() == 2 * number
+        subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)  # as a queue does, to every process of a job
+    ours.send(3)
+    assert ours.recv() == 6
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0

@@ -75,7 +75,7 @@ def noted() -> Iterator[Note]:
         elif signum == signal.SIGINT and time.monotonic() - note.at > SECOND:
             raise Stopped(signum)
 
-    with _handled(take_note):
+    with _handled(take_note), _spared_workers():
         yield note
 
 
@@ -102,6 +102,38 @@ def _launcher() -> list[str]:
         return []
     starts = any(Path(word).name in ("accelerate", "torchrun") or word.startswith("--launch") for word in words)
     return words if starts else []
+
+
+_sparing: list[bool] = []  # not empty: processes that are forked take SIGTERM from their parent only
+
+
+@contextmanager
+def _spared_workers() -> Iterator[None]:
+    """Within, processes are forked that end at their parent's SIGTERM and at nobody else's.
+
+    A queue sends it to every process of a job, and the step cannot be finished without its data loader's workers.
+    PyTorch's own handler makes the same distinction and dies of the others', so the signal does not get so far.
+    """
+    _sparing.append(True)
+    try:
+        yield
+    finally:
+        _sparing.pop()
+
+
+def _spare() -> None:
+    if _sparing:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+os.register_at_fork(after_in_child=_spare)
 
 
 @contextmanager
