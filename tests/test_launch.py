@@ -1,6 +1,7 @@
 """`accelerate_configs/` as accelerate reads them, and `--launch` as the short form of `accelerate launch`."""
 
 import dataclasses
+import os
 import re
 import subprocess
 import sys
@@ -150,7 +151,7 @@ def test_the_slurm_file_is_shell_and_names_what_exists() -> None:
     text = SBATCH.read_text()
     train = next(a for a in parser()._actions if a.dest == "command").choices["train"]  # type: ignore[index,union-attr]
     flags = {flag for action in train._actions for flag in action.option_strings}
-    after = re.sub(r"(?m)^\s*#.*$|(srun|sbatch) .*$", "", text)
+    after = re.sub(r"(?m)^\s*#.*$|(srun|sbatch|scancel) .*$", "", text)
     assert (
         {f"--{f}" for f in ("launch", "num-processes", "num-machines", "main-process-ip", "main-process-port")}
         <= set(re.findall(r"--[a-z-]+", after))
@@ -160,3 +161,48 @@ def test_the_slurm_file_is_shell_and_names_what_exists() -> None:
     for path in re.findall(r"(?:accelerate_configs|recipes)/[\w./-]+", text):
         assert (FOLDER.parent / path).is_file(), path
     assert yaml.safe_load((FOLDER / "multi_node_ddp.yaml").read_text())["num_machines"] == 2
+
+
+SRUN = """#!/bin/bash
+trap 'exit 137' TERM  # SLURM's own kills the processes then, and saves nothing
+echo "srun $*" >> "$SAID"
+[ "$SENT" = none ] || { kill -"$SENT" "$PPID"; sleep 0.2; }  # bash loses the code of a child that ends at that instant
+[ "$SENT" != USR1 ] || until grep -q "^scancel --signal=TERM 7$" "$SAID"; do sleep 0.02; done
+exit "$CODE"
+"""
+SCONTROL = """#!/bin/bash
+case $1 in show) echo node0; echo node1 ;; *) echo "scontrol $*" >> "$SAID" ;; esac
+"""
+SCANCEL = """#!/bin/bash
+echo "scancel $*" >> "$SAID"
+"""
+
+
+@pytest.mark.parametrize(
+    ("sent", "code", "requeued"),
+    [
+        ("none", 0, False),
+        ("none", 2, False),
+        ("none", 137, False),
+        ("none", 75, True),  # preempted: the processes were told, this script was not
+        ("USR1", 75, True),
+        ("USR1", 137, True),
+        ("USR1", 0, False),
+        ("USR1", 2, False),
+        ("TERM", 75, False),  # cancelled, or requeued by SLURM itself
+    ],
+)
+def test_the_slurm_file_requeues_what_can_go_on(tmp_path: Path, sent: str, code: int, requeued: bool) -> None:
+    """With stand-ins for SLURM's commands."""
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL, "scancel": SCANCEL}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    said = tmp_path / "said"
+    job = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_NODELIST": "node[0-1]"}
+    env = os.environ | job | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    env |= {"SAID": str(said), "SENT": sent, "CODE": str(code)}
+    done = subprocess.run(["bash", str(SBATCH), "r.yaml"], env=env, capture_output=True, check=False, timeout=30)
+    lines = said.read_text().splitlines()
+    assert done.returncode == (0 if requeued else code)
+    assert ("scontrol requeue 7" in lines) == requeued
+    assert "train r.yaml --launch multi_node_ddp --num-processes 8 --main-process-port 20007" in said.read_text()
