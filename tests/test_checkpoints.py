@@ -1,6 +1,7 @@
 """Checkpoints are whole or passed over, hold no base and no other adapter, and steps that are not finite are left out."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,16 @@ def test_a_checkpoint_holds_the_trained_adapter_and_no_other(
             assert checkpoints.problem_with(path) is None
         own = (output / "sft" / "adapter" / "adapter_model.safetensors").stat().st_size  # the same rank
         assert (found / "checkpoint-3" / "adapter_model.safetensors").stat().st_size <= 1.1 * own
+
+
+def test_a_broken_tracker_that_was_not_asked_for_is_not_touched(
+    recipe: dict[str, Any], write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe["stages"] = recipe["stages"][:1]
+    recipe["stages"][0]["trainer"] |= {"save_strategy": "steps", "save_steps": 1}
+    monkeypatch.setattr("trl.trainer.utils.is_trackio_available", lambda: True)  # it is installed
+    monkeypatch.setitem(sys.modules, "trackio", None)  # and cannot be imported
+    assert toolkit.train(write(recipe), output=tmp_path / "run").stages["sft"]["steps"] == 3
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,9 @@ class WholeCheckpoints:
             rotate(whole, limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """A checkpoint has none, the run has its own; to link to it, TRL's imports every tracker that is installed."""
+
     def _best(self, folder: Path) -> str | None:
         """The best checkpoint so far, on every process: transformers looks before a sharded one has its folder."""
         step = self.state.best_global_step
