@@ -127,6 +127,7 @@ def test_equals_trl(name: str, tmp_path: Path) -> None:
     assert built.aux_loss_enabled == (name in MIXTURES)
     assert_equal(built, ROWS)
     assert self_check(built.model, ROWS[:1], PairCollator(0)).passed
+    assert self_check(built.model, ROWS[:1], PairCollator(0), sharded=True).passed  # as FSDP calls it
 
 
 @pytest.mark.parametrize("family", REFUSED)

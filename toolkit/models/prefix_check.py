@@ -76,11 +76,14 @@ class Check:
 
 
 @torch.no_grad()
-def self_check(model: Any, rows: list[dict[str, Any]], collator: PairCollator) -> Check:
+def self_check(model: Any, rows: list[dict[str, Any]], collator: PairCollator, *, sharded: bool = False) -> Check:
     """Run a few pairs through the backbone as it is loaded, on both paths, and compare the completions' hidden states.
 
     A pair of random tokens, longer than any window that is not too long for that, is added to `rows`. Adapters act as
     they are; the model is in evaluation mode meanwhile.
+
+    Args:
+        sharded: `model` is a sharded one of TRL's trainer, and is called as a whole.
     """
     windows = [window for window in windows_of(backbone_of(model)).values() if window]
     if collator.max_length:  # a window that no row is longer than hides nothing
@@ -93,8 +96,8 @@ def self_check(model: Any, rows: list[dict[str, Any]], collator: PairCollator) -
     model.eval()
     try:
         # the padded path last: dynamic rotary embeddings keep the frequencies of the longest row they have seen
-        shared = _shared_hidden(model, batch)
-        plain, padded = (_plain_hidden(model, batch, extra)[real] for extra in (0, ODD_PADDING))
+        shared = _shared_hidden(model, batch, sharded)
+        plain, padded = (_plain_hidden(model, batch, extra, sharded)[real] for extra in (0, ODD_PADDING))
     finally:
         model.train(was_training)
     if isinstance(shared, str):
@@ -108,21 +111,22 @@ def self_check(model: Any, rows: list[dict[str, Any]], collator: PairCollator) -
     )
 
 
-def _shared_hidden(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor | str:
+def _shared_hidden(model: Any, batch: dict[str, torch.Tensor], sharded: bool) -> torch.Tensor | str:
     """Hidden states `(2 * batch, 1 + completion, hidden)`, or what the model raised."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids", IDS, LENGTHS)}
     try:
         with share_prefix(model):
-            return _hidden(model, **inputs)
+            return _hidden(model, sharded, **inputs)
     except Exception as error:  # of any type: what a model makes of inputs that it was not written for
         return f"{type(error).__name__}: {first_line(error)}"
 
 
-def _plain_hidden(model: Any, batch: dict[str, torch.Tensor], extra: int) -> torch.Tensor:
+def _plain_hidden(model: Any, batch: dict[str, torch.Tensor], extra: int, sharded: bool) -> torch.Tensor:
     """The same hidden states, from whole rows with `extra` columns of padding."""
     packed = Packed(batch)
     hidden = _hidden(
         model,
+        sharded,
         input_ids=pad(packed.whole_rows(batch[IDS]), (0, extra)),
         attention_mask=pad(batch["attention_mask"], (0, extra)),
     )
@@ -130,14 +134,15 @@ def _plain_hidden(model: Any, batch: dict[str, torch.Tensor], extra: int) -> tor
     return hidden[rows[:, None], packed.places().clamp(max=packed.row_columns - 1)]
 
 
-def _hidden(model: Any, **inputs: torch.Tensor) -> torch.Tensor:
-    """What the backbone hands to the head, by a call of the whole model: FSDP gathers shards only for that."""
-    causal, handed = causal_of(model), []
-    one_logit = "logits_to_keep" in inspect.signature(type(causal).forward).parameters
-    keep = {"logits_to_keep": 1} if one_logit else {}
-    hook = backbone_of(model).register_forward_hook(lambda backbone, args, output: handed.append(output))
-    try:
-        model(**inputs, **keep, use_cache=False)
+def _hidden(model: Any, sharded: bool, **inputs: torch.Tensor) -> torch.Tensor:
+    """What the backbone hands to the head."""
+    backbone = backbone_of(model)
+    if not sharded:
+        return backbone(**inputs, use_cache=False).last_hidden_state
+    handed: list[Any] = []
+    hook = backbone.register_forward_hook(lambda backbone, args, output: handed.append(output))
+    try:  # FSDP gathers its shards for a call of the whole model; like this TRL's loss calls it
+        model(**inputs, labels=inputs["input_ids"], fused_lm_head=True, use_cache=False)
     finally:
         hook.remove()
     return handed[0].last_hidden_state

@@ -142,7 +142,8 @@ def share_prompts(job: StageJob, built: PairTrainer) -> str:
     reason = prefix_check.reason_against(built.model)
     if any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in built.model.modules()):
         reason = "dropout is on, and would be drawn once for both answers"
-    check = None if reason else prefix_check.self_check(built.model, proof.first_rows(job)[:CHECKED_PAIRS], collator)
+    rows, sharded = proof.first_rows(job)[:CHECKED_PAIRS], sharding.is_sharded()
+    check = None if reason else prefix_check.self_check(built.model, rows, collator, sharded=sharded)
     reason, check = from_main((reason, check))  # ranks that round differently must not choose differently
     if reason or check is None or not check.passed:
         return f"off: {reason or check}"
