@@ -153,6 +153,10 @@ def test_the_commands(runs: Path, finished_run: Path, capsys: pytest.CaptureFixt
     recipe = str(finished_run.parent / "recipe.yaml")
     assert main(["diff", recipe, recipe]) == 0
     assert capsys.readouterr().out == "no differences\n"
+    assert main(["diff", str(finished_run), recipe]) == 0
+    assert capsys.readouterr().out == "no differences\n"
+    assert main(["diff", recipe, str(runs.parent)]) == 2
+    assert "is not a run directory" in capsys.readouterr().err
     assert main(["report", "--list", str(runs)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 3
     assert main(["report", str(runs / "one")]) == 0

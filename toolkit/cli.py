@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from toolkit.errors import RunError, ToolkitError
@@ -343,18 +344,26 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _add_diff(commands: Any) -> None:
-    command = _command(commands, "diff", "show where two recipes differ, with defaults and extends resolved", _diff)
-    command.add_argument("recipe", metavar="RECIPE")
-    command.add_argument("other", metavar="RECIPE")
-    command.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="in both")
+    text = "show where two recipes differ, with defaults and extends resolved"
+    command = _command(commands, "diff", text, _diff)
+    for name in ("recipe", "other"):
+        command.add_argument(name, metavar="RECIPE", help="a YAML file, or a run directory: the recipe as it was run")
+    help_text = "in both, where they are files"
+    command.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help=help_text)
 
 
 def _diff(args: argparse.Namespace) -> int:
     from toolkit.pages.compare import diff
     from toolkit.recipe.load import load_recipe
+    from toolkit.records.rundir import RunDirectory
 
-    # nothing is run or loaded here, so that both may ask for what training would have to be told to allow
-    print(diff(*(load_recipe(file, args.overrides, True, True) for file in (args.recipe, args.other))))
+    def read(place: str) -> Any:
+        # nothing is run or loaded here, so that both may ask for what training would have to be told to allow
+        if Path(place).is_dir():
+            return RunDirectory(Path(place)).recipe(trust_remote_code=True)
+        return load_recipe(place, args.overrides, True, True)
+
+    print(diff(read(args.recipe), read(args.other)))
     return 0
 
 
