@@ -11,7 +11,7 @@ from tests.conftest import write_jsonl
 from tests.tiny import make_tokenizer
 from toolkit.recipe.plan import Hardware, stage_plans
 from toolkit.rows.data import StageData, prepare
-from toolkit.training.trainer import optimizer_steps
+from toolkit.training.trainer import optimizer_steps, repeated_rows
 
 CPU = Hardware("cpu", bf16=False)
 Q, A, B = "what is the sun", "it is red", "no it is not"
@@ -230,6 +230,24 @@ def test_the_planned_steps_are_the_trainers(
 
     last = read_metrics(result.output / "sft" / "metrics.jsonl")[-1]["step"]
     assert result.stages["sft"]["steps"] == optimizer_steps(rows, plan, CPU) == last
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "processes", "twice"), [(16, 2, 2, 0), (17, 2, 2, 3), (18, 2, 2, 2), (3, 4, 2, 5)]
+)
+def test_the_rows_that_several_processes_repeat_are_counted(
+    recipe: dict[str, Any], write: Any, rows: int, batch: int, processes: int, twice: int
+) -> None:
+    """As accelerate deals batches out."""
+    from accelerate.data_loader import BatchSamplerShard
+    from torch.utils.data import BatchSampler
+
+    recipe["stages"][0]["trainer"]["per_device_train_batch_size"] = batch
+    plan = stage_plans(toolkit.load_recipe(write(recipe)), CPU)[0]
+    batches = BatchSampler(range(rows), batch, drop_last=False)
+    dealt = [i for p in range(processes) for one in BatchSamplerShard(batches, processes, p) for i in one]
+    assert len(dealt) - rows == repeated_rows(rows, plan, Hardware("cpu", bf16=False, processes=processes)) == twice
+    assert repeated_rows(rows, plan, CPU) == 0
 
 
 def test_the_planned_steps_count_packed_rows(recipe: dict[str, Any], write: Any, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from toolkit.rows.lengths import token_lengths
 from toolkit.training import checkpoints, dpo, sft
 from toolkit.training.progress import say
 from toolkit.training.provenance import LIBRARIES
-from toolkit.training.trainer import optimizer_steps
+from toolkit.training.trainer import optimizer_steps, repeated_rows
 from toolkit.wording import first_line
 
 
@@ -147,6 +147,11 @@ def _stage_lines(job: StageJob, state: str) -> list[str]:
         f"learning rate {plan.trainer['learning_rate']:g}"
         + (f", beta {plan.trainer['beta']:g}" if plan.type == "dpo" else "")
     )
+    if twice := repeated_rows(job.data.steps_rows, plan, job.hardware):
+        lines.append(
+            f"  last step  {twice:,} rows of an epoch come twice, to fill the batch of every process; "
+            f"dataloader_drop_last leaves that step out"
+        )
     if plan.type == "dpo":
         how = f"run twice: {job.no_sharing}" if job.no_sharing else "run once for each pair (checked on the model)"
         source = "once, kept for later runs" if plan.reference_from == "cached" else "on every step"
