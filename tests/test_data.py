@@ -1,5 +1,6 @@
 """Every format becomes the same tokens, and every row that is lost is counted."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import toolkit
 from tests.conftest import write_jsonl
 from tests.tiny import make_tokenizer
 from toolkit.recipe.plan import Hardware, stage_plans
+from toolkit.records.rundir import RunDirectory
 from toolkit.rows.data import StageData, prepare
+from toolkit.training import prepare as prepare_run
 from toolkit.training.trainer import optimizer_steps, repeated_rows
 
 CPU = Hardware("cpu", bf16=False)
@@ -248,6 +251,16 @@ def test_the_rows_that_several_processes_repeat_are_counted(
     dealt = [i for p in range(processes) for one in BatchSamplerShard(batches, processes, p) for i in one]
     assert len(dealt) - rows == repeated_rows(rows, plan, Hardware("cpu", bf16=False, processes=processes)) == twice
     assert repeated_rows(rows, plan, CPU) == 0
+
+
+def test_the_plan_says_how_many_rows_come_twice(recipe: dict[str, Any], write: Any, tmp_path: Path) -> None:
+    recipe["stages"] = recipe["stages"][:1]  # 12 rows in batches of 4
+    prepared = prepare_run.prepare(toolkit.load_recipe(write(recipe)), RunDirectory(tmp_path / "run"))
+    job = replace(prepared.jobs[0], hardware=Hardware("cpu", bf16=False, processes=2))
+    assert "come twice" not in prepare_run.plan_text(prepared, {"sft": "new"})
+    assert "  last step  4 rows of an epoch come twice" in prepare_run.plan_text(
+        replace(prepared, jobs=[job]), {"sft": "new"}
+    )
 
 
 def test_the_planned_steps_count_packed_rows(recipe: dict[str, Any], write: Any, tmp_path: Path) -> None:
