@@ -73,8 +73,6 @@ def recipe(setting: Setting, folder: Path) -> Path:
     lengths = SFT_ROWS if setting.kind == "sft" else LONG_PROMPTS
     make_rows(folder / "rows.jsonl", setting.kind, STEPS * setting.batch, lengths)
     content = _recipe(setting, base, folder / "rows.jsonl")
-    if setting.bits:
-        content["quantization"] = {f"load_in_{setting.bits}bit": True}
     if not setting.sharing:
         content["stages"][0] |= {"prefix_sharing": False, "reference": "online"}
     file = folder / "recipe.yaml"
@@ -88,11 +86,12 @@ def _recipe(setting: Setting, base: Path, rows: Path) -> dict[str, Any]:
         "gradient_checkpointing": setting.checkpointing,
         "save_strategy": "no",
     }
-    return {
+    content = {
         "model": {"name_or_path": str(base), "dtype": setting.dtype},
         "lora": {"r": 16, "lora_alpha": 32},
         "stages": [{"type": setting.kind, "data": str(rows), "trainer": trainer}],
     }
+    return content | ({"quantization": {f"load_in_{setting.bits}bit": True}} if setting.bits else {})
 
 
 # --- in a process of its own ---------------------------------------------------------------------------------------
