@@ -1,4 +1,4 @@
-"""`toolkit` for `accelerate launch --cpu` with an FSDP configuration: the base is really sharded, over gloo.
+"""`toolkit` for `accelerate launch` with an FSDP configuration and `use_cpu: true`: the base is really sharded, over gloo.
 
 PyTorch shards on CPUs as on GPUs; accelerate 1.15 takes two CPU processes for data parallel ones whatever is asked.
 That one decision is changed here. Remove when accelerate offers FSDP on CPUs.

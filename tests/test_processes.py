@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import toolkit
 from tests.conftest import messages, pairs, write_jsonl
+from tests.launched import logged, stopped
 from toolkit.errors import RunError
 from toolkit.launching.processes import check_world
 from toolkit.training.progress import read_metrics
@@ -98,23 +99,14 @@ def test_a_signal_ends_two_processes_after_one_step_and_they_resume(
     recipe["stages"][0]["trainer"]["per_device_train_batch_size"] = 2
     arguments = ["train", str(write(recipe)), "--output", str(tmp_path / "two"), "--launch", "cpu_2proc"]
     command = [sys.executable, "-u", "-m", "toolkit", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stderr is not None
-        for line in process.stdout:
-            if line.startswith("  dpo 7/12"):
-                process.terminate()
-        said = process.stderr.read()
-    assert process.returncode == 75
+    code, said = stopped(command, at="  dpo 7/12")
+    assert code == 75
     assert said.count("stopped by SIGTERM after step ") == 1
     assert "--launch cpu_2proc" in said.split("resume with:")[1]
     done = run(*arguments)
     assert done.returncode == 0, done.stderr
     assert "  resumes from checkpoint-" in done.stdout
-    losses = [
-        [line["loss"] for line in read_metrics(folder / "dpo" / "metrics.jsonl") if "loss" in line]
-        for folder in (one.output, tmp_path / "two")
-    ]
-    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logged(one.output / "dpo"), logged(tmp_path / "two" / "dpo"), rtol=1e-5, atol=1e-5)
 
 
 def test_an_interrupted_reference_pass_of_two_processes_goes_on(
@@ -142,9 +134,7 @@ def test_an_interrupted_reference_pass_of_two_processes_goes_on(
     assert done.returncode == 0, done.stderr
     assert "training pairs were computed before the interruption" in done.stdout, done.stdout
     assert "reference: 16 training pairs computed" in done.stdout
-    metrics = [read_metrics(out / "dpo" / "metrics.jsonl") for out in (one.output, tmp_path / "two")]
-    losses = [torch.tensor([line["loss"] for line in lines if "loss" in line]) for lines in metrics]
-    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logged(one.output / "dpo"), logged(tmp_path / "two" / "dpo"), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu
@@ -168,9 +158,7 @@ def test_two_processes_on_one_gpu_train_what_one_does(recipe: dict[str, Any], wr
     assert done.returncode == 0, done.stderr
     assert ", 2 processes, seed 7" in done.stdout
     for stage in one.stages:
-        metrics = [read_metrics(out / stage / "metrics.jsonl") for out in (one.output, tmp_path / "two")]
-        losses = [torch.tensor([line["loss"] for line in lines if "loss" in line]) for lines in metrics]
-        torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logged(one.output / stage), logged(tmp_path / "two" / stage), rtol=1e-4, atol=1e-4)
     weights = [load_file(out / "adapter" / "adapter_model.safetensors") for out in (one.output, tmp_path / "two")]
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-3)
 

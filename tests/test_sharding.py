@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM
 
 import toolkit
 from tests.conftest import messages, pairs, write_jsonl
+from tests.launched import logged, stopped
 from toolkit.errors import ModelError, ProofError, RunError, ToolkitError
 from toolkit.models import adapter, sharding
 from toolkit.recipe.plan import Hardware, stage_plans
 from toolkit.records.rundir import RunDirectory
-from toolkit.training.progress import read_metrics
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
@@ -146,10 +146,6 @@ def on_cpu(config: str, tmp_path: Path, *arguments: str) -> list[str]:
     return [*command, *arguments]
 
 
-def losses(folder: Path) -> torch.Tensor:
-    return torch.tensor([line["loss"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line])
-
-
 def test_two_shards_train_what_one_process_does_and_resume(recipe: dict[str, Any], write: Any, tmp_path: Path) -> None:
     """SFT, a stacked DPO that is stopped by a signal and goes on, a continued one of which the best is kept."""
     sft, dpo = recipe["stages"]
@@ -167,12 +163,7 @@ def test_two_shards_train_what_one_process_does_and_resume(recipe: dict[str, Any
     for stage in recipe["stages"]:
         stage["trainer"] = stage["trainer"] | {"per_device_train_batch_size": 2}
     command = on_cpu("fsdp2", tmp_path, "train", str(write(recipe)), "--output", str(tmp_path / "two"))
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stderr is not None
-        for line in process.stdout:
-            if line.startswith("  dpo 2/16"):
-                process.terminate()
-        said = process.stderr.read()
+    _, said = stopped(command, at="  dpo 2/16")
     assert "stopped by SIGTERM after step " in said
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr
@@ -181,7 +172,7 @@ def test_two_shards_train_what_one_process_does_and_resume(recipe: dict[str, Any
     for name, stage in one.stages.items():
         ours = RunDirectory(tmp_path / "two").finished(name)
         assert ours is not None
-        torch.testing.assert_close(losses(one.output / name), losses(tmp_path / "two" / name), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logged(one.output / name), logged(tmp_path / "two" / name), rtol=1e-5, atol=1e-5)
         if stage["type"] == "dpo":
             assert ours["prefix_sharing"].startswith("on: ")
             assert ours["proof"]["policy_vs_reference"] == 0.0

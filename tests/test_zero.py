@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 import toolkit
 from tests.conftest import messages, pairs, write_jsonl
+from tests.launched import logged, stopped
 from toolkit.models import adapter
 from toolkit.records.rundir import RunDirectory
-from toolkit.training.progress import read_metrics
 
 pytest.importorskip("deepspeed")
 
@@ -25,20 +25,6 @@ def command(config: str, file: Path, output: Path) -> list[str]:
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml")]
     launch += ["--num_processes", "2", "--main_process_port", "0"]
     return [*launch, "-m", "tests.zero_on_cpu", "train", str(file), "--output", str(output)]
-
-
-def stopped(command: list[str], at: str) -> str:
-    """Run it, end it with SIGTERM when a line starts so, and return what it said of that."""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stderr is not None
-        for line in process.stdout:
-            if line.startswith(at):
-                process.terminate()
-        return process.stderr.read()
-
-
-def logged(folder: Path, name: str) -> torch.Tensor:
-    return torch.tensor([line[name] for line in read_metrics(folder / "metrics.jsonl") if name in line])
 
 
 @pytest.fixture
@@ -66,7 +52,7 @@ def test_two_processes_train_what_one_does_and_resume(
     monkeypatch.setenv("PYTHONPATH", str(CONFIGS.parent))
     monkeypatch.setenv("TOOLKIT_CACHE", str(tmp_path / "cache"))
     two = tmp_path / "two"
-    said = stopped(command(config, write(stages), two), at="  dpo 7/12")
+    _, said = stopped(command(config, write(stages), two), at="  dpo 7/12")
     assert said.count("stopped by SIGTERM after step ") == 1, said
     assert_holds_the_trained_adapter_alone(max((two / "dpo" / "checkpoints").glob("checkpoint-*/global_step*")))
     done = subprocess.run(command(config, write(stages), two), capture_output=True, text=True, check=False, timeout=400)
@@ -75,7 +61,7 @@ def test_two_processes_train_what_one_does_and_resume(
     for name, stage in one.stages.items():
         ours = RunDirectory(two).finished(name)
         assert ours is not None
-        torch.testing.assert_close(logged(two / name, "loss"), logged(one.output / name, "loss"), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logged(two / name), logged(one.output / name), rtol=1e-5, atol=1e-5)
         if stage["type"] == "dpo":
             assert ours["prefix_sharing"].startswith("on: ")
             assert ours["proof"]["policy_vs_reference"] == 0.0
@@ -101,7 +87,7 @@ def test_what_was_interrupted_under_zero_starts_again_without_it(
     recipe["stages"][0]["trainer"] |= SAVED
     monkeypatch.setenv("PYTHONPATH", str(CONFIGS.parent))
     file, output = write(recipe), tmp_path / "run"
-    assert "stopped by SIGTERM" in stopped(command("deepspeed_zero2", file, output), at="  sft 2/")
+    assert "stopped by SIGTERM" in stopped(command("deepspeed_zero2", file, output), at="  sft 2/")[1]
     ddp = ["toolkit" if part == "tests.zero_on_cpu" else part for part in command("cpu_2proc", file, output)]
     done = subprocess.run(ddp, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr

@@ -47,7 +47,7 @@ def check(
     try:
         prepared = prepare(recipe, run)
     except ToolkitError as error:
-        yield "run", [Finding("error", "run", *_where_and_text(line)) for line in str(error).split("\n")]
+        yield "run", _errors("run", error)
         return
     jobs, here = prepared.jobs, prepared.hardware
     if launch is not None and sharding is not None:
@@ -117,8 +117,12 @@ def _check_evaluate(prepared: Prepared) -> list[Finding]:
     try:
         evaluate.check(prepared.recipe, prepared.hardware, prepared.tokenizer)
     except ToolkitError as error:
-        return [Finding("error", "evaluate", *_where_and_text(line)) for line in str(error).split("\n")]
+        return _errors("evaluate", error)
     return []
+
+
+def _errors(check: str, error: ToolkitError) -> list[Finding]:
+    return [Finding("error", check, *_where_and_text(line)) for line in str(error).split("\n")]
 
 
 def _launch_note(file: Path, job: StageJob) -> Finding:

@@ -122,7 +122,7 @@ def _spared_workers() -> Iterator[None]:
 
 
 def _spare() -> None:
-    if _sparing:
+    if _sparing and hasattr(signal, "sigwaitinfo"):  # macOS has none, and starts its workers without a fork
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
 

@@ -26,8 +26,8 @@ class WholeCheckpoints:
     """In front of a transformers `Trainer`: writes its checkpoints as this module describes.
 
     transformers 5.23 writes `checkpoint-N` in place, with the tokenizer, the arguments as a pickle and PEFT's other
-    adapters, and deletes older ones unread. What is overridden has no public counterpart. Remove when
-    transformers writes a checkpoint under another name first.
+    adapters, and deletes older ones unread. What is overridden has no public counterpart, but for
+    `create_model_card`. Remove when transformers writes a checkpoint under another name first.
     """
 
     args: Any

@@ -75,8 +75,7 @@ def attempt_key(job: StageJob) -> str:
     sharding: transformers would go on without the optimizer's state where it finds none in its own form.
     """
     start = _digest_or_none(job.start) if job.start else None
-    layout = [sharding.layout()] if sharding.layout() else []
-    return digest([job.digest, start, job.steps, job.hardware.processes, *layout])
+    return digest([job.digest, start, job.steps, job.hardware.processes, sharding.layout()])
 
 
 def resolved(prepared: Prepared) -> dict[str, Any]:

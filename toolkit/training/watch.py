@@ -34,7 +34,6 @@ class Guards(TrainerCallback):
     def __init__(self, job: StageJob, trainer: Any):
         self.job, self.trainer = job, trainer
         self.guard = Guard(**(job.plan.guard or {}))
-        self.generates = job.data.eval is not None
         self.said: list[dict[str, Any]] = []
         self.reference: Said | None = None
         self.prompts, self.chosen_tokens = _prompts(job, self.guard.prompts)
@@ -60,9 +59,6 @@ class Guards(TrainerCallback):
             self._judge(self._seen(state, held_out=False), state, control, held_out=self.job.data.eval is not None)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, Any], **_: Any) -> None:
-        if not self.generates:
-            self._judge(self._seen(state, held_out=True), state, control)
-            return
         answers, kl = self._observe()
         self.trainer.log(
             {KL: kl, TOKENS: answers.tokens, STOPPED: answers.stopped, REPETITION: answers.repetition}
