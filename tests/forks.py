@@ -57,9 +57,8 @@ class Forks:
         return code, said
 
     def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+        with self.process:
+            self.process.kill()
 
 
 class Printed(io.TextIOWrapper):
