@@ -39,6 +39,14 @@ from toolkit.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 
+ENDS = """
+import sys
+import torch
+from toolkit.cli import main
+code = main(sys.argv[1:])
+sys.exit(1 if torch.distributed.is_initialized() else code)
+"""
+
 ON_ONE_GPU = """
 import os, sys
 import torch
@@ -117,8 +125,9 @@ def test_an_interrupted_reference_pass_of_two_processes_goes_on(
     write_jsonl(tmp_path / "dpo.jsonl", pairs(16))
     overrides = ("stages.dpo.reference=online", "stages.dpo.trainer.per_device_train_batch_size=2")
     one = toolkit.train(write(recipe), output=tmp_path / "one", overrides=overrides)
-    script = tmp_path / "fails_in_the_pass.py"
-    script.write_text(FAILS_IN_THE_PASS)
+    scripts = {"fails": FAILS_IN_THE_PASS, "ends": ENDS}
+    for name, text in scripts.items():
+        (tmp_path / f"{name}.py").write_text(text)
     config = Path(__file__).parent.parent / "accelerate_configs" / "cpu_2proc.yaml"
     command = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", str(config)]
     command += ["--main_process_port", "0"]
@@ -126,9 +135,14 @@ def test_an_interrupted_reference_pass_of_two_processes_goes_on(
     own = {"TOOLKIT_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(Path(__file__).parent.parent)}
     failed, done = (
         subprocess.run(
-            [*command, *how, *arguments], capture_output=True, text=True, env=os.environ | own, check=False, timeout=200
+            [*command, str(tmp_path / f"{name}.py"), *arguments],
+            capture_output=True,
+            text=True,
+            env=os.environ | own,
+            check=False,
+            timeout=200,
         )
-        for how in ([str(script)], ["-m", "toolkit"])
+        for name in scripts
     )
     assert failed.stderr.count("the disk fails: Input/output error") == 1, failed.stderr
     assert done.returncode == 0, done.stderr

@@ -44,11 +44,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.argv = list(sys.argv[1:] if argv is None else argv)
     try:
         with signals.raised():
-            return int(args.run(args))
+            code = int(args.run(args))
+            if processes.are_several():
+                processes.part()
+            return code
     except signals.Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
             again = signals.resume_command(None if argv is None else ["toolkit", *argv])
             print(f"{stopped}\nresume with:\n  {again}", file=sys.stderr)
+        if processes.are_several():
+            processes.leave(stopped.exit_code)
         return stopped.exit_code
     except Exception as error:
         answer = _answer_to(error)

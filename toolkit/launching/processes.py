@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 from toolkit.errors import RunError, ToolkitError
 
@@ -60,11 +60,28 @@ def are_several() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def fail(error: BaseException, code: int) -> None:
+def part() -> None:
+    """Leave the others after the work is done. All of them must come here: NCCL's groups end together.
+
+    Gloo's threads outlive the interpreter otherwise, and abort a process that ends before its peers.
+    """
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process without waiting for communication that will not come."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def fail(error: BaseException, code: int) -> NoReturn:
     """End this process as one of several: the first one to fail says why, for all, and decides the exit code.
 
-    The launcher stops the others then. What they raise when their peer is gone is not said. This process ends without
-    waiting for communication that will not come.
+    The launcher stops the others then. What they raise when their peer is gone is not said.
     """
     number = _agreed_code(code)
     if number is None:
@@ -78,9 +95,7 @@ def fail(error: BaseException, code: int) -> None:
             print(f"error: {text}", file=sys.stderr)
         else:
             traceback.print_exception(error)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code if number is None else number)
+    leave(code if number is None else number)
 
 
 def _agreed_code(code: int) -> int | None:
