@@ -63,10 +63,15 @@ def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_two_processes_train_what_one_does(recipe: dict[str, Any], write: Any, tmp_path: Path) -> None:
-    """Half the batch on each of two processes: packed and plain SFT, DPO stacked and continued, both references."""
+    """Half the batch on each of two processes: packed and plain SFT, DPO stacked and continued, both references.
+
+    Of seven held-out pairs, three are left for the last batches of two.
+    """
     sft, dpo = recipe["stages"]
     write_jsonl(tmp_path / "sft.jsonl", messages(16))
     write_jsonl(tmp_path / "dpo.jsonl", pairs(16))
+    dpo |= {"eval_data": str(write_jsonl(tmp_path / "held.jsonl", pairs(7))), "guard": {"prompts": 1}}
+    dpo["trainer"]["per_device_eval_batch_size"] = 2
     packed = sft["trainer"] | {"packing": True, "max_length": 64, "learning_rate": 1e-3}
     recipe["stages"] = [
         sft | {"name": "packed", "trainer": packed},
@@ -91,6 +96,8 @@ def test_two_processes_train_what_one_does(recipe: dict[str, Any], write: Any, t
         metrics = [read_metrics(out / stage / "metrics.jsonl") for out in (one.output, tmp_path / "two")]
         steps = [[[line[name] for name in names] for line in lines if "loss" in line] for lines in metrics]
         torch.testing.assert_close(torch.tensor(steps[0]), torch.tensor(steps[1]), rtol=1e-5, atol=1e-5)
+        held_out = [[[line[f"eval_{name}"] for name in names] for line in of if "eval_loss" in line] for of in metrics]
+        torch.testing.assert_close(torch.tensor(held_out[0]), torch.tensor(held_out[1]), rtol=1e-5, atol=1e-5)
     weights = [load_file(out / "adapter" / "adapter_model.safetensors") for out in (one.output, tmp_path / "two")]
     # Adam divides by the gradient's size, so where that is nearly nothing the order of its summation shows
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-4)

@@ -16,6 +16,7 @@ from toolkit.recipe.plan import StagePlan
 from toolkit.rows.grouping import LengthGrouped, pair_lengths
 from toolkit.training import proof, reference, trainer, watch
 from toolkit.training.checkpoints import WholeCheckpoints
+from toolkit.training.held_out import EveryPairOnce
 from toolkit.training.nonfinite import FiniteSteps
 from toolkit.training.probe import work
 from toolkit.training.progress import say
@@ -24,10 +25,10 @@ from toolkit.wording import first_line
 CHECKED_PAIRS = 2
 
 
-class PairTrainer(FiniteSteps, WholeCheckpoints, DPOTrainer):
+class PairTrainer(EveryPairOnce, FiniteSteps, WholeCheckpoints, DPOTrainer):
     """TRL's trainer, given rows that are tokenized already, with pairs of like length in one batch.
 
-    Its checkpoints are whole or not there, and steps that are not finite are left out.
+    Its checkpoints are whole or not there, steps that are not finite are left out, and held-out pairs count once each.
 
     `_prepare_dataset` is TRL's own and has no public counterpart: `SFTTrainer` accepts tokenized rows, `DPOTrainer` of
     TRL 1.16 does not. Remove when it does.
