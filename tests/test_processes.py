@@ -1,6 +1,8 @@
 """Several processes: two real ones on gloo, and shards of a model on one. Each launch costs many seconds: few of them."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,10 @@ from tests.conftest import messages, pairs, write_jsonl
 from tests.launched import logged, stopped
 from toolkit.errors import RunError
 from toolkit.launching.processes import check_world
+from toolkit.run import evaluate_run
 from toolkit.training.progress import read_metrics
+
+CPU_2PROC = Path(__file__).parent.parent / "accelerate_configs" / "cpu_2proc.yaml"
 
 FAILS_ON = """
 import os, sys
@@ -47,6 +52,21 @@ code = main(sys.argv[1:])
 sys.exit(1 if torch.distributed.is_initialized() else code)
 """
 
+COUNTS = """
+import os, sys
+from pathlib import Path
+from toolkit.evaluation import generate
+answer, counted = generate._generate, []
+def counts(model, tokenizer, prompts, *about):
+    counted.append(len(prompts))
+    return answer(model, tokenizer, prompts, *about)
+generate._generate = counts
+from toolkit.cli import main
+code = main(sys.argv[2:])
+Path(sys.argv[1], os.environ["RANK"]).write_text(str(sum(counted)))
+sys.exit(code)
+"""
+
 ON_ONE_GPU = """
 import os, sys
 import torch
@@ -60,6 +80,16 @@ sys.exit(main(sys.argv[1:]))
 def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "toolkit", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | env, check=False, timeout=240)
+
+
+def run_script(text: str, folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """A script on two processes; it lies in the folder."""
+    script = folder / "script.py"
+    script.write_text(text)
+    command = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", str(CPU_2PROC)]
+    command += ["--main_process_port", "0", str(script), *arguments]
+    own = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)} | env
+    return subprocess.run(command, capture_output=True, text=True, env=own, check=False, timeout=240)
 
 
 def test_two_processes_train_what_one_does(recipe: dict[str, Any], write: Any, tmp_path: Path) -> None:
@@ -132,30 +162,31 @@ def test_an_interrupted_reference_pass_of_two_processes_goes_on(
     write_jsonl(tmp_path / "dpo.jsonl", pairs(16))
     overrides = ("stages.dpo.reference=online", "stages.dpo.trainer.per_device_train_batch_size=2")
     one = toolkit.train(write(recipe), output=tmp_path / "one", overrides=overrides)
-    scripts = {"fails": FAILS_IN_THE_PASS, "ends": ENDS}
-    for name, text in scripts.items():
-        (tmp_path / f"{name}.py").write_text(text)
-    config = Path(__file__).parent.parent / "accelerate_configs" / "cpu_2proc.yaml"
-    command = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", str(config)]
-    command += ["--main_process_port", "0"]
     arguments = ["train", str(write(recipe)), "--output", str(tmp_path / "two")]
-    own = {"TOOLKIT_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(Path(__file__).parent.parent)}
     failed, done = (
-        subprocess.run(
-            [*command, str(tmp_path / f"{name}.py"), *arguments],
-            capture_output=True,
-            text=True,
-            env=os.environ | own,
-            check=False,
-            timeout=200,
-        )
-        for name in scripts
+        run_script(text, tmp_path, *arguments, TOOLKIT_CACHE=str(tmp_path / "cache"))
+        for text in (FAILS_IN_THE_PASS, ENDS)
     )
     assert failed.stderr.count("the disk fails: Input/output error") == 1, failed.stderr
     assert done.returncode == 0, done.stderr
     assert "training pairs were computed before the interruption" in done.stdout, done.stdout
     assert "reference: 16 training pairs computed" in done.stdout
     torch.testing.assert_close(logged(one.output / "dpo"), logged(tmp_path / "two" / "dpo"), rtol=1e-5, atol=1e-5)
+
+
+def test_two_processes_divide_an_evaluation_and_find_what_one_does(finished_run: Path, tmp_path: Path) -> None:
+    one, two = (Path(shutil.copytree(finished_run, tmp_path / name)) for name in ("one", "two"))
+    alone = evaluate_run(one, seed=3)
+    done = run_script(COUNTS, tmp_path, str(tmp_path), "evaluate", str(two), "--seed", "3")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("4 held-out prompts, greedy answers") == 1
+    together = json.loads((two / "evaluation.json").read_text())
+    assert together["samples"] == alone["samples"]
+    for name, summary in together["models"].items():
+        assert summary["perplexity"] == pytest.approx(alone["models"][name]["perplexity"], rel=1e-5)
+        assert summary["scores"] == alone["models"][name]["scores"]
+    assert together["models"]["dpo"]["kl"] == pytest.approx(alone["models"]["dpo"]["kl"], rel=1e-4)
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["12", "12"]  # half of 4 prompts, twice, by 3 models
 
 
 @pytest.mark.gpu
@@ -188,20 +219,7 @@ def test_two_processes_on_one_gpu_train_what_one_does(recipe: dict[str, Any], wr
 def test_a_failure_on_one_rank_ends_all_with_one_message(
     recipe: dict[str, Any], write: Any, tmp_path: Path, rank: str
 ) -> None:
-    script = tmp_path / "fails_on.py"
-    script.write_text(FAILS_ON)
-    config = Path(__file__).parent.parent / "accelerate_configs" / "cpu_2proc.yaml"
-    accelerate = str(Path(sys.executable).with_name("accelerate"))
-    command = [accelerate, "launch", "--config_file", str(config), "--main_process_port", "0", str(script), rank]
-    command += ["train", str(write(recipe)), "--output", str(tmp_path / "run")]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=200,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
-    )
+    done = run_script(FAILS_ON, tmp_path, rank, "train", str(write(recipe)), "--output", str(tmp_path / "run"))
     assert done.stderr.count("cannot be read") == 1, done.stderr
     assert "exitcode  : 2 " in done.stderr  # accelerate's own code is 1 whatever happened; --launch hands on the 2
     assert done.returncode == 1

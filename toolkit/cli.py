@@ -305,10 +305,13 @@ def _add_evaluate(commands: Any) -> None:
     command.add_argument("--data", action="append", default=[], metavar="PATH", help="held-out rows; may be repeated")
     command.add_argument("--limit", type=_positive, metavar="N", help="at most so many rows of each data set")
     command.add_argument("--seed", type=int, metavar="N", help="for sampled answers and intervals")
+    launch.add_flags(command)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
     _check_run(args.run_directory)
+    if launch.asked_for(args):
+        return launch.run(args.argv)
     with _heavy_imports():
         from toolkit.run import evaluate_run
 

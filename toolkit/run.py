@@ -1,7 +1,7 @@
 """The stages of a recipe in order: skip what is finished, resume what was interrupted, verify what came out."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,7 @@ def evaluate_run(
         trust_remote_code: Run the Python code of a base that has its own; a run may come from the Hub.
 
     Returns:
-        What stands in `evaluation.json` (see `toolkit.evaluation.evaluate`); nothing on processes but the main one.
+        What stands in `evaluation.json` (see `toolkit.evaluation.evaluate`).
 
     Raises:
         RunError: it is no run directory, or nothing in it is finished.
@@ -160,19 +160,19 @@ def evaluate_run(
         asked = ", ".join(unknown) if isinstance(unknown, list) else "every stage"
         raise RunError(f"{run.path}: {asked}: not finished here; finished: {', '.join(finished) or 'none'}")
     hardware, tokenizer = model.detect_hardware(), load_tokenizer(recipe)
-    if not PartialState().is_main_process:
-        return {}  # one process measures
     empty = model.empty_base(recipe)
     starts = {
         plan.name: run.adapter(plan.start) if plan.start in finished else external_adapter(recipe, plan, empty)
         for plan in stage_plans(recipe, hardware)
         if plan.name in (stages or finished)
     }
-    with run.held():
+    main = PartialState().is_main_process
+    with run.held() if main else nullcontext():
         contenders = evaluate.contenders_of(recipe, run, starts)
         with told("evaluate: measuring base and stages"):
             found = evaluate.evaluate(recipe, hardware, tokenizer, run, contenders, limit=limit)
-        write_json(run.path / EVALUATION, found)
+        if main:
+            write_json(run.path / EVALUATION, found)
     say(evaluate.table(found))
     return found
 
@@ -236,12 +236,13 @@ def _states(prepared: Prepared, run: RunDirectory, only: str | None, fresh: bool
 
 def _evaluate(prepared: Prepared, run: RunDirectory, jobs: list[StageJob]) -> Any:
     """Measure base and stages, once each: what is stored and still holds is read."""
-    recipe, evaluation = prepared.recipe, None
-    if recipe.evaluate is not None and PartialState().is_main_process:
-        contenders = evaluate.contenders_of(recipe, run, {job.plan.name: job.start for job in jobs})
-        with told("evaluate: measuring base and stages"):
-            evaluation = evaluate.evaluate(recipe, prepared.hardware, prepared.tokenizer, run, contenders)
-        trainer.release()
+    recipe = prepared.recipe
+    if recipe.evaluate is None:
+        return None
+    contenders = evaluate.contenders_of(recipe, run, {job.plan.name: job.start for job in jobs})
+    with told("evaluate: measuring base and stages"):
+        evaluation = evaluate.evaluate(recipe, prepared.hardware, prepared.tokenizer, run, contenders)
+    trainer.release()
     return evaluation
 
 
@@ -252,12 +253,13 @@ def _deliver(prepared: Prepared, run: RunDirectory) -> RunResult:
     if len(done) < len(states):
         _report(run)
         return RunResult(run.path, None, done)
-    evaluation, target = None, run.path / "adapter"
-    if PartialState().is_main_process:
+    main, target = PartialState().is_main_process, run.path / "adapter"
+    if main:
         run.deliver(prepared.jobs[-1].plan.name)
         say(f"adapter: {target}")
-        if prepared.recipe.evaluate is not None:
-            evaluation = _evaluate(prepared, run, prepared.jobs)
+    evaluation = _evaluate(prepared, run, prepared.jobs)
+    if main:
+        if evaluation is not None:
             write_json(run.path / EVALUATION, evaluation)
             say("\n" + evaluate.table(evaluation))
         _report(run)
@@ -265,7 +267,7 @@ def _deliver(prepared: Prepared, run: RunDirectory) -> RunResult:
             card.write(run.path)
     PartialState().wait_for_everyone()
     pushed = None
-    if PartialState().is_main_process and prepared.recipe.hub is not None:  # the others need not wait for the Hub
+    if main and prepared.recipe.hub is not None:  # the others need not wait for the Hub
         pushed = hub.push(run.path, prepared.recipe.hub)
         say(f"\n{pushed}")
     return RunResult(run.path, target, done, evaluation, pushed.url if pushed else None)

@@ -31,9 +31,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from toolkit.evaluation import generate, harness, heldout, measure
 from toolkit.evaluation.heldout import HeldOut
-from toolkit.models import adapter, model
+from toolkit.launching import processes
+from toolkit.models import adapter, model, sharding
 from toolkit.models.switched import Switched
 from toolkit.recipe.plan import Hardware, digest, model_dtype, quantization
 from toolkit.recipe.sections import Evaluate, Recipe
@@ -67,11 +70,13 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure the contenders, those excepted whose stored results still hold, and put the results together.
 
+    Every process does its share; of a base that is too large for each of them, the main process measures alone.
+
     Args:
         limit: at most this many rows of each held-out source.
 
     Returns:
-        What stands in `evaluation.json`.
+        What stands in `evaluation.json`, on every process.
 
     Raises:
         DataError, ModelError: as `heldout.read` and `harness.check`.
@@ -79,20 +84,18 @@ def evaluate(
     assert recipe.evaluate is not None
     harness.check(recipe)
     held = heldout.read(recipe, hardware, tokenizer, limit)
-    base = model.base_identity(recipe)
-    keys = {c.name: _key(recipe, hardware, base, held, c) for c in contenders}
-    records = {name: read_json(run.folder(name) / EVALUATION) or {} for name in keys}
+    main = PartialState().is_main_process
+    # one decision for all, whatever a shared disk shows to each
+    keys, records = processes.from_main(_stored(recipe, hardware, run, held, contenders) if main else None)
     missing = [c for c in contenders if records[c.name].get("key") != keys[c.name]]
-    if missing:
+    if missing and (main or not sharding.is_sharded()):
         adapters = [path for c in missing for path in (c.start, c.adapter) if path is not None]
         meter = _Meter(recipe, tokenizer, held, Switched(recipe, hardware, adapters))
         for contender in missing:
-            record = {"key": keys[contender.name], **meter.record(contender)}
-            with storage(run.path):
-                run.folder(contender.name).mkdir(exist_ok=True)
-                write_json(run.folder(contender.name) / EVALUATION, record)
-            records[contender.name] = record
-    return _together(recipe, held, records)
+            records[contender.name] = {"key": keys[contender.name], **meter.record(contender)}
+            if main:
+                _store(run, contender, records[contender.name])
+    return _together(recipe, held, processes.from_main(records))
 
 
 def contenders_of(recipe: Recipe, run: RunDirectory, starts: dict[str, Path | None]) -> list[Contender]:
@@ -141,6 +144,7 @@ class _Meter:
         self.settings: Evaluate = recipe.evaluate
         self.seed, self.tokenizer, self.held, self.models = recipe.seed, tokenizer, held, models
         self.known: dict[Path | None, tuple[list[float], list[float]]] = {}
+        self.divided = not sharding.is_sharded()
 
     def record(self, contender: Contender) -> dict[str, Any]:
         """`summary`, `answers` and `rewards` of one model."""
@@ -158,14 +162,19 @@ class _Meter:
                 GREEDY: measure.degeneration(greedy, self.seed),
                 SAMPLED: measure.degeneration(sampled, self.seed),
                 "scores": self._scores(texts[GREEDY]),
-                "lm_eval": harness.results(self.settings, loaded, self.tokenizer, self.seed),
+                "lm_eval": self._lm_eval(loaded),
             }
         return {"summary": summary, "answers": texts, "rewards": rewards}
 
     def _answers(self, loaded: Any, seed: int | None) -> list[measure.Answer]:
         limits = generate.Limits(self.settings.max_new_tokens, self.settings.batch_size)
         seeds = None if seed is None else [seed * 1_000_003 + i for i in range(len(self.held.prompts))]
-        return generate.answers(loaded, self.tokenizer, self.held.prompts, limits, seeds)
+        return generate.answers(loaded, self.tokenizer, self.held.prompts, limits, seeds, divided=self.divided)
+
+    def _lm_eval(self, loaded: Any) -> dict[str, dict[str, float]] | None:
+        """By the main process alone: the harness divides nothing of a model that it is given."""
+        main = PartialState().is_main_process
+        return harness.results(self.settings, loaded, self.tokenizer, self.seed) if main else None
 
     def _scores(self, texts: list[str]) -> dict[str, Any]:
         counted = {}
@@ -178,7 +187,7 @@ class _Meter:
         answers = self.held.answers
         if not answers:
             return None
-        sums = generate.logps(loaded, answers, self.settings.batch_size, self.tokenizer.pad_token_id)
+        sums = self._logps(loaded, answers)
         tokens = [sum(label != -100 for label in labels[1:]) for _, labels in answers]
         return measure.perplexity([-s for s in sums], tokens, self.seed)
 
@@ -211,9 +220,13 @@ class _Meter:
                     cut = self.held.max_length
                     rows.append(((pair["prompt_ids"] + pair[side])[:cut], labels[:cut]))
             with self.models.use(path) as loaded:
-                sums = generate.logps(loaded, rows, self.settings.batch_size, self.tokenizer.pad_token_id)
+                sums = self._logps(loaded, rows)
             self.known[path] = sums[: len(sums) // 2], sums[len(sums) // 2 :]
         return self.known[path]
+
+    def _logps(self, loaded: Any, rows: list[tuple[list[int], list[int]]]) -> list[float]:
+        pad = self.tokenizer.pad_token_id
+        return generate.logps(loaded, rows, self.settings.batch_size, pad, divided=self.divided)
 
     def _kl(self, loaded: Any, contender: Contender, sampled: list[measure.Answer]) -> measure.Interval | None:
         if contender.reference is None or not sampled:
@@ -225,8 +238,24 @@ class _Meter:
             said,
             self.settings.batch_size,
             self.tokenizer.pad_token_id,
+            divided=self.divided,
         )
         return measure.ratio(sums, [len(continuation) for _, continuation in said], self.seed)
+
+
+def _stored(
+    recipe: Recipe, hardware: Hardware, run: RunDirectory, held: HeldOut, contenders: Sequence[Contender]
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """By name: the key that results would have, and the results that are there; `{}` where there are none."""
+    base = model.base_identity(recipe)
+    keys = {c.name: _key(recipe, hardware, base, held, c) for c in contenders}
+    return keys, {name: read_json(run.folder(name) / EVALUATION) or {} for name in keys}
+
+
+def _store(run: RunDirectory, contender: Contender, record: dict[str, Any]) -> None:
+    with storage(run.path):
+        run.folder(contender.name).mkdir(exist_ok=True)
+        write_json(run.folder(contender.name) / EVALUATION, record)
 
 
 def _key(recipe: Recipe, hardware: Hardware, base: dict[str, str], held: HeldOut, contender: Contender) -> str:

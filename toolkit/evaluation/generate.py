@@ -3,19 +3,22 @@
 Sampling adds Gumbel noise (minus the log of an exponential variable) to the logits and takes the largest, which draws
 exactly from the softmax, at temperature 1. Every prompt has a generator of its own, so that an answer depends on the
 seed and on its prompt alone: not on the batch it stands in, nor on torch's global generators, which are left as they
-were.
+were. With `divided`, every process calls with the same rows, computes its share, and is given the whole.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from toolkit.evaluation.measure import Answer
+from toolkit.launching.processes import from_all, own_share
 from toolkit.rows import chat
+
+T = TypeVar("T")
 
 LOGITS = 2**27  # values of one batch of log-probabilities, about half a gigabyte
 
@@ -49,7 +52,13 @@ class Gumbel(LogitsProcessor):
 
 @torch.no_grad()
 def answers(
-    model: Any, tokenizer: Any, prompts: Sequence[list[int]], limits: Limits, seeds: Sequence[int | None] | None = None
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    limits: Limits,
+    seeds: Sequence[int | None] | None = None,
+    *,
+    divided: bool = False,
 ) -> list[Answer]:
     """An answer to each prompt of token ids; in float32 the same in any batch size, up to ties.
 
@@ -59,7 +68,7 @@ def answers(
     """
     stops = chat.stop_token_ids(tokenizer)
     seeds = [None] * len(prompts) if seeds is None else seeds
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # like lengths together: little padding
+    order = _longest_first([len(prompt) for prompt in prompts], divided)
     said: dict[int, Answer] = {}
     for first in range(0, len(order), limits.batch_size):
         batch = order[first : first + limits.batch_size]
@@ -68,7 +77,7 @@ def answers(
             end = next((place for place, token in enumerate(row) if token in stops), None)
             ids, whole = row[:end], row if end is None else row[: end + 1]
             said[i] = Answer(ids, tokenizer.decode(ids, skip_special_tokens=True), end is not None, whole)
-    return [said[i] for i in range(len(prompts))]
+    return _in_order(said, len(prompts), divided)
 
 
 @torch.no_grad()
@@ -78,6 +87,8 @@ def kl_divergences(
     sequences: Sequence[tuple[list[int], list[int]]],
     batch_size: int,
     pad: int,
+    *,
+    divided: bool = False,
 ) -> list[float]:
     """KL(policy || reference) in nats over each continuation, the policy's own samples.
 
@@ -90,7 +101,7 @@ def kl_divergences(
         sequences: `(prompt, continuation)`, token ids; the stop token belongs to the continuation.
     """
     sums: dict[int, float] = {}
-    for batch in _batches(model, [len(prompt + said) for prompt, said in sequences], batch_size):
+    for batch in _batches(model, [len(prompt + said) for prompt, said in sequences], batch_size, divided):
         ids, mask, said = _right_padded([sequences[i] for i in batch], pad, model.device)
         policy = _next_token_logps(model, ids, mask, said)
         with reference():
@@ -99,18 +110,20 @@ def kl_divergences(
         row = said.nonzero()[:, 0]
         totals = torch.zeros(len(batch), dtype=torch.float64, device=row.device).index_add_(0, row, per_position)
         sums |= dict(zip(batch, totals.tolist(), strict=True))
-    return [sums[i] for i in range(len(sequences))]
+    return _in_order(sums, len(sequences), divided)
 
 
 @torch.no_grad()
-def logps(model: Any, rows: Sequence[tuple[list[int], list[int]]], batch_size: int, pad: int) -> list[float]:
+def logps(
+    model: Any, rows: Sequence[tuple[list[int], list[int]]], batch_size: int, pad: int, *, divided: bool = False
+) -> list[float]:
     """Log-probability of each row's labelled tokens, in nats.
 
     Args:
         rows: `(input_ids, labels)`, token ids; labels that are -100 are not counted.
     """
     sums: dict[int, float] = {}
-    for batch in _batches(model, [len(ids) for ids, _ in rows], batch_size):
+    for batch in _batches(model, [len(ids) for ids, _ in rows], batch_size, divided):
         longest = max(len(rows[i][0]) for i in batch)
         ids, labels = (
             torch.tensor([rows[i][part] + [fill] * (longest - len(rows[i][0])) for i in batch], device=model.device)
@@ -123,12 +136,23 @@ def logps(model: Any, rows: Sequence[tuple[list[int], list[int]]], batch_size: i
         row = labelled.nonzero()[:, 0]
         totals = torch.zeros(len(batch), dtype=torch.float64, device=row.device).index_add_(0, row, chosen)
         sums |= dict(zip(batch, totals.tolist(), strict=True))
-    return [sums[i] for i in range(len(rows))]
+    return _in_order(sums, len(rows), divided)
 
 
-def _batches(model: Any, lengths: list[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices of rows, like lengths together, the longest first, with a bound on the logits of a batch."""
+def _longest_first(lengths: list[int], divided: bool) -> list[int]:
+    """Indices of rows: like lengths come together, which takes little padding. Divided: this process's."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    return own_share(order) if divided else order
+
+
+def _in_order(found: dict[int, T], count: int, divided: bool) -> list[T]:
+    whole = from_all(found) if divided else found
+    return [whole[i] for i in range(count)]
+
+
+def _batches(model: Any, lengths: list[int], batch_size: int, divided: bool) -> Iterator[list[int]]:
+    """Indices of rows, the longest first, with a bound on the logits of a batch."""
+    order = _longest_first(lengths, divided)
     while order:
         size = max(1, min(batch_size, LOGITS // (lengths[order[0]] * model.config.vocab_size)))
         yield order[:size]

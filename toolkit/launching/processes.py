@@ -6,9 +6,12 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from toolkit.errors import RunError, ToolkitError
+
+T = TypeVar("T")
+K = TypeVar("K")
 
 STORE_TIMEOUT = timedelta(seconds=10)
 PEER_GONE = ("Connection reset by peer", "Connection closed by peer")  # in gloo's words
@@ -53,6 +56,21 @@ def from_main(value: Any) -> Any:
     values = [value]
     broadcast_object_list(values, from_process=0)
     return values[0]
+
+
+def own_share(items: list[T]) -> list[T]:
+    """What falls to this process of work that all have the same list of: every n-th of n processes."""
+    from accelerate import PartialState
+
+    state = PartialState()
+    return items[state.process_index :: state.num_processes]
+
+
+def from_all(own: dict[K, T]) -> dict[K, T]:
+    """What each process found for its share, put together, on every process."""
+    from accelerate.utils import gather_object
+
+    return dict(gather_object(list(own.items())))
 
 
 def are_several() -> bool:

@@ -7,11 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset
 
 from toolkit.job import StageJob
-from toolkit.launching.processes import from_main
+from toolkit.launching.processes import from_all, from_main, own_share
 from toolkit.rows.grouping import alike, pair_lengths
 from toolkit.training import cache
 from toolkit.training.cache import NAMES, Entry, Pairs
@@ -98,11 +97,11 @@ def _compute(job: StageJob, built: Any, rows: Dataset, what: str, key: str) -> E
     batches = alike(range(len(rows)), pair_lengths(rows), size)[::-1]
     batches = [batch for batch in batches if not known.keys() >= {*batch}]
     with _evaluating(built.model), _kept(key, state.process_index, known, own) as keep:
-        for batch in _tracked(batches[state.process_index :: state.num_processes], what):
+        for batch in _tracked(own_share(batches), what):
             chosen, rejected = _logps(built, rows, batch)
             own |= {i: [c, r] for i, c, r in zip(batch, chosen, rejected, strict=True)}
             keep()
-        everyone = known | dict(gather_object(list(own.items())))
+        everyone = known | from_all(own)
     table = torch.tensor([everyone[i] for i in range(len(rows))], dtype=torch.float32)
     return Entry(table[:, 0].contiguous(), table[:, 1].contiguous())
 

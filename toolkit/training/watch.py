@@ -1,8 +1,9 @@
 """Guards at work: a callback that observes a DPO stage, says what passes its bounds, and ranks checkpoints.
 
-At each evaluation the main process answers a few held-out prompts, greedily and sampled, with policy and reference,
-and estimates the KL on the sampled ones as `generate.kl_divergences` does. No random number of training's is drawn, so
-that training goes on to the same bits. Without `eval_data`, only what TRL logs about training pairs is watched.
+At each evaluation a few held-out prompts are answered, greedily and sampled, with policy and reference, and the KL is
+estimated on the sampled ones as `generate.kl_divergences` does; each process does its share. No random number of
+training's is drawn, so that training goes on to the same bits. Without `eval_data`, only what TRL logs about training
+pairs is watched.
 """
 
 import json
@@ -10,12 +11,12 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from transformers import TrainerCallback
 from trl.trainer.utils import use_adapter
 
 from toolkit.evaluation import generate, measure
 from toolkit.job import StageJob
+from toolkit.launching.processes import from_main
 from toolkit.models import sharding
 from toolkit.recipe.sections import Guard
 from toolkit.records.rundir import write_text
@@ -118,13 +119,12 @@ class Guards(TrainerCallback):
         if self.guard.action == "off":
             return
         found = [one for one in guards.tripped(seen, self.guard) if not held_out or one.guard == "flat"]
-        agreed: list[list[Tripped]] = [found]
-        broadcast_object_list(agreed, from_process=0)
+        agreed: list[Tripped] = from_main(found)
         known = {one["guard"] for one in self.said}
-        for one in agreed[0]:
+        for one in agreed:
             if one.guard not in known:
                 self._say(one, state)
-        if self.guard.action == "stop" and agreed[0]:
+        if self.guard.action == "stop" and agreed:
             control.should_training_stop = True
 
     def _say(self, one: Tripped, state: Any) -> None:
@@ -136,34 +136,38 @@ class Guards(TrainerCallback):
                 stream.write(json.dumps(one.as_dict()) + "\n")
 
     def _observe(self) -> tuple[Said, float]:
-        """The policy's answers and its KL in nats per token, by the main process for all.
-
-        Of a sharded base no process has the whole: there all of them compute the same.
-        """
-        found: list[Any] = [None]
-        if self.trainer.accelerator.is_main_process or sharding.is_sharded():
-            model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-            was_training = model.training
-            model.eval()
-            with self.trainer.accelerator.autocast():
-                if self.reference is None:
-                    with self._as_reference(model):
-                        self.reference = _average(self._answers(model))
-                answers = self._answers(model)
-                sampled = [(p, a.continuation) for p, a in zip(self.prompts, answers[len(self.prompts) :], strict=True)]
-                pad = self.job.tokenizer.pad_token_id
-                sums = generate.kl_divergences(model, lambda: self._as_reference(model), sampled, self._batch_size, pad)
-            model.train(was_training)
-            found = [(_average(answers), sum(sums) / sum(len(said) for _, said in sampled), self.reference)]
-        broadcast_object_list(found, from_process=0)
-        answers_now, kl, self.reference = found[0]
-        return answers_now, kl
+        """The policy's answers and its KL in nats per token, on every process."""
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        was_training = model.training
+        model.eval()
+        with self.trainer.accelerator.autocast():
+            if self.reference is None:
+                with self._as_reference(model):
+                    self.reference = _average(self._answers(model))
+            answers = self._answers(model)
+            sampled = [(p, a.continuation) for p, a in zip(self.prompts, answers[len(self.prompts) :], strict=True)]
+            sums = generate.kl_divergences(
+                model,
+                lambda: self._as_reference(model),
+                sampled,
+                self._batch_size,
+                self.job.tokenizer.pad_token_id,
+                divided=self._divided,
+            )
+        model.train(was_training)
+        found = _average(answers), sum(sums) / sum(len(said) for _, said in sampled), self.reference
+        now, kl, self.reference = from_main(found)
+        return now, kl
 
     def _answers(self, model: Any) -> list[measure.Answer]:
         """To every prompt a greedy answer, then to every prompt a sampled one."""
         seeds = [None] * len(self.prompts) + [self.job.recipe.seed * 1_000_003 + i for i in range(len(self.prompts))]
         limits = generate.Limits(self.guard.max_new_tokens, self._batch_size)
-        return generate.answers(model, self.job.tokenizer, self.prompts * 2, limits, seeds)
+        return generate.answers(model, self.job.tokenizer, self.prompts * 2, limits, seeds, divided=self._divided)
+
+    @property
+    def _divided(self) -> bool:
+        return not sharding.is_sharded()  # no process has the whole of a sharded base: there all compute the same
 
     @property
     def _batch_size(self) -> int:
