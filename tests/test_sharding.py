@@ -1,5 +1,6 @@
 """A sharded base: what is refused before it is loaded, and what is trained on one that is really sharded."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -159,6 +160,7 @@ def test_two_shards_train_what_one_process_does_and_resume(recipe: dict[str, Any
     best["trainer"] = dpo["trainer"] | {"eval_strategy": "steps", "eval_steps": 2}
     del best["trainer"]["save_strategy"]
     recipe["stages"], recipe["guard"] = [sft, longer, best], {"prompts": 2, "max_new_tokens": 4, "kl": 1e-4}
+    recipe["evaluate"] = {"max_new_tokens": 4}  # by the main process, which has the whole base to itself then
     one = toolkit.train(write(recipe), output=tmp_path / "one")
     for stage in recipe["stages"]:
         stage["trainer"] = stage["trainer"] | {"per_device_train_batch_size": 2}
@@ -181,6 +183,9 @@ def test_two_shards_train_what_one_process_does_and_resume(recipe: dict[str, Any
             assert ours["kept"]["step"] == stage["kept"]["step"] == 2  # of 4: nearest to the bound
     weights = [load_file(out / "adapter" / adapter.WEIGHTS) for out in (one.output, tmp_path / "two")]
     torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-4)
+    models = json.loads((tmp_path / "two" / "evaluation.json").read_text())["models"]
+    for name, summary in (one.evaluation or {})["models"].items():
+        assert models[name]["perplexity"]["value"] == pytest.approx(summary["perplexity"]["value"], rel=1e-3)
 
 
 def test_two_shards_of_a_4bit_base_are_proven_and_verified(recipe: dict[str, Any], write: Any, tmp_path: Path) -> None:
