@@ -37,3 +37,8 @@ def test_the_batch_size_does_not_change_them(means: Any, reference: str) -> None
     one_by_one = means(1, f"stages.dpo.reference={reference}")
     torch.testing.assert_close(means(4, f"stages.dpo.reference={reference}"), one_by_one, rtol=1e-5, atol=1e-5)
     assert one_by_one[-1, MEANS.index("eval_rewards/margins")] > 0.1
+
+
+def test_rows_that_are_dropped_count_for_nothing(means: Any) -> None:
+    drop = "stages.dpo.trainer.dataloader_drop_last=true"
+    torch.testing.assert_close(means(3, drop), means(2, drop), rtol=1e-5, atol=1e-5)

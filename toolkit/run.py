@@ -63,6 +63,9 @@ def train(
 ) -> RunResult:
     """Run a recipe's stages and hand back one adapter.
 
+    A script of your own that `accelerate launch` starts ends with `torch.distributed.destroy_process_group()`; the
+    command line does that by itself.
+
     Args:
         recipe: A recipe, or its file.
         output: The run directory; by default `runs/FOLDER-RECIPE`.

@@ -30,7 +30,7 @@ class EveryPairOnce:
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As TRL's; the last batches of several processes are replaced by the pairs that are left, on each of them."""
         loader = self.callback_handler.eval_dataloader
-        left = loader.remainder if loader.end_of_dataloader else 0
+        left = max(loader.remainder, 0) if loader.end_of_dataloader else 0  # -1 where the last rows are dropped
         if not left or self.accelerator.num_processes == 1:
             self._pairs.append(left or loader.total_batch_size)
             return super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
