@@ -45,8 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with signals.raised():
             code = int(args.run(args))
-            if processes.are_several():
-                processes.part()
+            processes.part()
             return code
     except signals.Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":

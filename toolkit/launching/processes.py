@@ -79,13 +79,12 @@ def are_several() -> bool:
 
 
 def part() -> None:
-    """Leave the others after the work is done. All of them must come here: NCCL's groups end together.
+    """Leave the process group, if there is one, after the work is done. All processes must: NCCL's groups end together.
 
     Gloo's threads outlive the interpreter otherwise, and abort a process that ends before its peers.
     """
-    import torch
-
-    if torch.distributed.is_initialized():
+    torch = sys.modules.get("torch")  # a command that did without it is in no group
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
