@@ -19,6 +19,7 @@ from tests.conftest import WORDS, answers, messages, pairs, write_jsonl
 from tests.tiny import make_base
 from toolkit.cli import main
 from toolkit.evaluation import generate, measure
+from toolkit.records.rundir import RunDirectory
 from toolkit.run import evaluate_run
 
 
@@ -259,6 +260,22 @@ def test_the_command(measured: toolkit.RunResult, tmp_path: Path, capsys: pytest
     assert "dop: not finished here; finished: sft, dpo" in capsys.readouterr().err
     assert main(["evaluate", str(tmp_path)]) == 2
     assert "is not a run directory" in capsys.readouterr().err
+
+
+def test_a_stage_is_measured_against_what_it_was_trained_from_or_not_at_all(
+    measured: toolkit.RunResult, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(measured.output, tmp_path / "run"))
+    with RunDirectory(run).held(), pytest.raises(toolkit.RunError, match=r"process \d+ on .* is at work here"):
+        evaluate_run(run)
+    shutil.copy(run / "dpo" / "adapter" / "adapter_model.safetensors", run / "sft" / "adapter")
+    with pytest.raises(toolkit.RunError, match=r"dpo was trained from sft, which is another one now; `toolkit train`"):
+        evaluate_run(run)
+    shutil.rmtree(run / "sft" / "adapter")
+    with pytest.raises(toolkit.RunError, match=r"dpo was trained from sft, which is not there now; `toolkit train`"):
+        evaluate_run(run)
+    with pytest.raises(toolkit.RunError, match=r"sft: not finished here; finished: dpo"):
+        evaluate_run(run, ["sft"])
 
 
 def test_degeneration_is_counted() -> None:

@@ -18,7 +18,7 @@ from toolkit.models import model, sharding
 from toolkit.pages import report
 from toolkit.publishing import card, hub
 from toolkit.recipe.load import load_recipe
-from toolkit.recipe.plan import stage_plans
+from toolkit.recipe.plan import Hardware, stage_plans
 from toolkit.recipe.sections import Evaluate, Recipe, Source
 from toolkit.records.rundir import EVALUATION, FINDINGS, RunDirectory, default_output, read_json, storage, write_json
 from toolkit.rows.chat import load_tokenizer
@@ -26,6 +26,7 @@ from toolkit.training import trainer
 from toolkit.training.prepare import (
     Prepared,
     check_parents,
+    digest_or_none,
     external_adapter,
     plan_text,
     prepare,
@@ -148,36 +149,55 @@ def evaluate_run(
         What stands in `evaluation.json` (see `toolkit.evaluation.evaluate`).
 
     Raises:
-        RunError: it is no run directory, or nothing in it is finished.
+        RunError: it is no run directory, another process is at work in it, nothing in it is finished, or a stage was
+            trained from another adapter than is there now.
         ToolkitError: as for `train`.
     """
     run = RunDirectory(Path(output))
     recipe = run.recipe(trust_remote_code)
-    section = recipe.evaluate or Evaluate.model_validate({})
-    if data:
-        sources = [Source.model_validate({"path": _place(path)}) for path in data]
-        section = section.model_copy(update={"data": sources})
-    recipe = recipe.adjusted(evaluate=section, **({} if seed is None else {"seed": seed}))
-    finished = [stage.name for stage in recipe.stages if run.finished(stage.name)]
-    if unknown := [name for name in stages if name not in finished] or not finished:
-        asked = ", ".join(unknown) if isinstance(unknown, list) else "every stage"
-        raise RunError(f"{run.path}: {asked}: not finished here; finished: {', '.join(finished) or 'none'}")
-    hardware, tokenizer = model.detect_hardware(), load_tokenizer(recipe)
-    empty = model.empty_base(recipe)
-    starts = {
-        plan.name: run.adapter(plan.start) if plan.start in finished else external_adapter(recipe, plan, empty)
-        for plan in stage_plans(recipe, hardware)
-        if plan.name in (stages or finished)
-    }
+    hardware = model.detect_hardware()
     main = PartialState().is_main_process
     with run.held() if main else nullcontext():
+        recipe = _with_held_out(recipe, data, seed)
+        starts = _starts(recipe, run, hardware, stages)
         contenders = evaluate.contenders_of(recipe, run, starts)
         with told("evaluate: measuring base and stages"):
-            found = evaluate.evaluate(recipe, hardware, tokenizer, run, contenders, limit=limit)
+            found = evaluate.evaluate(recipe, hardware, load_tokenizer(recipe), run, contenders, limit=limit)
         if main:
             write_json(run.path / EVALUATION, found)
     say(evaluate.table(found))
     return found
+
+
+def _with_held_out(recipe: Recipe, data: Sequence[str], seed: int | None) -> Recipe:
+    section = recipe.evaluate or Evaluate.model_validate({})
+    if data:
+        sources = [Source.model_validate({"path": _place(path)}) for path in data]
+        section = section.model_copy(update={"data": sources})
+    return recipe.adjusted(evaluate=section, **({} if seed is None else {"seed": seed}))
+
+
+def _starts(recipe: Recipe, run: RunDirectory, hardware: Hardware, stages: Sequence[str]) -> dict[str, Path | None]:
+    """The adapters that finished stages were trained from, and are measured against; `None` for the base."""
+    records = {stage.name: run.finished(stage.name) for stage in recipe.stages}
+    finished = {name: record for name, record in records.items() if record is not None and run.adapter(name).is_dir()}
+    if unknown := [name for name in stages if name not in finished] or not finished:
+        asked = ", ".join(unknown) if isinstance(unknown, list) else "every stage"
+        raise RunError(f"{run.path}: {asked}: not finished here; finished: {', '.join(finished) or 'none'}")
+    empty = model.empty_base(recipe)
+    starts: dict[str, Path | None] = {}
+    for plan in stage_plans(recipe, hardware):
+        if plan.name in (stages or finished):
+            within = plan.start in records
+            start = run.adapter(plan.start) if within else external_adapter(recipe, plan, empty)
+            if digest_or_none(start) != finished[plan.name]["start_digest"]:
+                now = "another one now" if digest_or_none(start) else "not there now"
+                raise RunError(
+                    f"{run.path}: {plan.name} was trained from {plan.start}, which is {now}; `toolkit train` trains it "
+                    f"again, --stage measures others"
+                )
+            starts[plan.name] = start
+    return starts
 
 
 def _place(path: str) -> str:

@@ -63,8 +63,7 @@ def state_of(job: StageJob, run: RunDirectory, rerun: set[str]) -> str:
     if record is not None and record["digest"] == job.digest:
         if not run.adapter(name).is_dir():  # what was pulled holds records of stages whose adapters it does not hold
             return "new"
-        same_start = job.start is None or record["start_digest"] == _digest_or_none(job.start)
-        return "finished" if same_start else "new"
+        return "finished" if record["start_digest"] == digest_or_none(job.start) else "new"
     started = run.started(name, attempt_key(job))
     return "interrupted" if started and checkpoints.newest(job.folder / checkpoints.FOLDER)[0] else "new"
 
@@ -74,8 +73,7 @@ def attempt_key(job: StageJob) -> str:
     the same number of processes, since a checkpoint counts its steps and its place in the data by them, and the same
     sharding: transformers would go on without the optimizer's state where it finds none in its own form.
     """
-    start = _digest_or_none(job.start) if job.start else None
-    return digest([job.digest, start, job.steps, job.hardware.processes, sharding.layout()])
+    return digest([job.digest, digest_or_none(job.start), job.steps, job.hardware.processes, sharding.layout()])
 
 
 def resolved(prepared: Prepared) -> dict[str, Any]:
@@ -282,8 +280,9 @@ def _trainable(recipe: Recipe, plan: StagePlan, empty: Any, parent: StageJob | N
     return adapter.check_targets(empty, plan, recipe.where("lora", "target_modules"))
 
 
-def _digest_or_none(folder: Path) -> str | None:
-    return adapter.adapter_digest(folder) if (folder / adapter.CONFIG).is_file() else None
+def digest_or_none(start: Path | None) -> str | None:
+    """Of the adapter that a stage starts from; `None` for the base, and where there is no adapter."""
+    return adapter.adapter_digest(start) if start is not None and (start / adapter.CONFIG).is_file() else None
 
 
 def check_parents(prepared: Prepared, states: dict[str, str], only: str | None) -> None:
