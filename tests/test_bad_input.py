@@ -1,6 +1,7 @@
 """Bad input is answered with file, line, key and the way out, exit code 2, and nothing lost."""
 
 import resource
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +155,24 @@ def test_too_many_open_files(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         for stream in opened:
             stream.close()
+
+
+@pytest.mark.parametrize(
+    ("package", "setting", "expected"),
+    [
+        (
+            "liger_kernel",
+            "use_liger_kernel: true",
+            "use_liger_kernel: liger-kernel is not installed; pip install liger-kernel",
+        ),
+        ("torchao", "optim: adamw_torch_8bit", "You need to have `torchao"),
+        ("grokadamw", "optim: grokadamw", "Please install grokadamw with `pip install grokadamw`"),
+    ],
+)
+def test_a_package_that_the_last_stage_lacks_is_missed_before_the_first(
+    answer: Any, tmp_path: Path, package: str, setting: str, expected: str
+) -> None:
+    if find_spec(package):
+        pytest.skip(f"{package} is installed")
+    assert f"error: recipe.yaml:16: stages[1].trainer: {expected}" in answer("beta: 0.1", setting)
+    assert not (tmp_path / "run" / "sft").exists()

@@ -11,6 +11,7 @@ class EveryPairOnce:
     such an accuracy may be the wrong one. `_metrics` has no public counterpart. Remove when TRL counts pairs.
     """
 
+    args: Any
     accelerator: Any
     callback_handler: Any
     _metrics: Any
@@ -29,13 +30,13 @@ class EveryPairOnce:
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As TRL's; the last batches of several processes are replaced by the pairs that are left, on each of them."""
-        loader = self.callback_handler.eval_dataloader
-        left = max(loader.remainder, 0) if loader.end_of_dataloader else 0  # -1 where the last rows are dropped
-        if not left or self.accelerator.num_processes == 1:
-            self._pairs.append(left or loader.total_batch_size)
+        loader, processes = self.callback_handler.eval_dataloader, self.accelerator.num_processes
+        each = self.args.eval_batch_size // (processes if self.accelerator.split_batches else 1)
+        first, count = sum(self._pairs), len(loader.dataset)
+        if processes == 1 or count - first >= each * processes:
+            self._pairs.append(min(each * processes, count - first))
             return super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
-        count, each = len(loader.dataset), loader.total_batch_size // self.accelerator.num_processes
-        parts = [range(start, min(start + each, count)) for start in range(count - left, count, each)]
+        parts = [range(start, min(start + each, count)) for start in range(first, count, each)]
         self._pairs += [len(part) for part in parts]
         batches = [loader.collate_fn([loader.dataset[i] for i in part]) for part in parts]
         outputs = [super(EveryPairOnce, self).prediction_step(model, batch, *args, **kwargs) for batch in batches]  # type: ignore[misc]

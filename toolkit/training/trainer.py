@@ -4,8 +4,9 @@ import math
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import is_liger_kernel_available
 
 from toolkit.errors import ModelError, RunError
 from toolkit.job import StageJob
@@ -29,7 +30,7 @@ def arguments(config_class: Any, job: StageJob, **own: Any) -> Any:
         own: fields that the stage's own module sets.
 
     Raises:
-        ModelError: a value or combination that TRL or transformers refuse.
+        ModelError: a value or combination that TRL or transformers refuse, or a package that is not installed.
         RunError: one process sees several GPUs.
     """
     settings = {key: value for key, value in job.plan.trainer.items() if key not in APPLIED_TO_ROWS}
@@ -41,6 +42,7 @@ def arguments(config_class: Any, job: StageJob, **own: Any) -> Any:
         output_dir = str(job.folder / checkpoints.FOLDER)
         args = config_class(output_dir=output_dir, seed=job.recipe.seed, disable_tqdm=True, **{**settings, **own})
         trackers.check(args.report_to)
+        _check_packages(args)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise ModelError(f"{job.where('trainer')}: {first_line(error)}") from None
     if args.n_gpu > 1:
@@ -49,6 +51,21 @@ def arguments(config_class: Any, job: StageJob, **own: Any) -> Any:
             f"`accelerate launch --num_processes {args.n_gpu} -m toolkit ...`, or CUDA_VISIBLE_DEVICES=0 for one"
         )
     return args
+
+
+def _check_packages(args: Any) -> None:
+    """Find out whether the packages are installed that transformers asks for only when a stage starts to train.
+
+    Raises:
+        ImportError, ValueError
+    """
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        raise ImportError("use_liger_kernel: liger-kernel is not installed; pip install liger-kernel")
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except ValueError as error:
+        if "You need to pass a" not in str(error):  # a few look at the model, which is not there yet
+            raise
 
 
 class StopAtStep(TrainerCallback):
