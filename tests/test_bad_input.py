@@ -176,3 +176,10 @@ def test_a_package_that_the_last_stage_lacks_is_missed_before_the_first(
         pytest.skip(f"{package} is installed")
     assert f"error: recipe.yaml:16: stages[1].trainer: {expected}" in answer("beta: 0.1", setting)
     assert not (tmp_path / "run" / "sft").exists()
+
+
+def test_activations_are_not_moved_from_a_gpu_that_is_not_there(answer: Any) -> None:
+    expected = (
+        "error: recipe.yaml:10: stages[0].trainer.activation_offloading: moves activations from a GPU to host memory"
+    )
+    assert expected in answer("learning_rate: 1.0e-2", "activation_offloading: true")

@@ -78,6 +78,28 @@ def test_dpo_has_the_losses_of_a_plain_trl_script(
     torch.testing.assert_close(ours, losses(trainer.state.log_history, *names), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"ld_alpha": 0.5}, {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}, {"use_weighting": True}],
+    ids=str,
+)
+def test_dpo_has_trls_losses_of_other_kinds_too(
+    recipe: dict[str, Any], write: Any, plain: Any, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """The reference computed before training, where TRL computes it on every step."""
+    recipe["stages"] = recipe["stages"][1:]
+    recipe["stages"][0]["trainer"] |= {"train_sampling_strategy": "random", **options}
+    result = toolkit.train(write(recipe), output=tmp_path / "run")
+    model, tokenizer = plain
+    data = load_dataset("json", data_files=str(tmp_path / "dpo.jsonl"), split="train")
+    args = DPOConfig(**settings(tmp_path), warmup_steps=0.1, beta=0.1, **options)
+    trainer = DPOTrainer(model, args=args, train_dataset=data, processing_class=tokenizer, peft_config=LORA)
+    trainer.train()
+    names = ("loss", "grad_norm", "rewards/margins")
+    ours = losses(read_metrics(result.output / "dpo" / "metrics.jsonl"), *names)
+    torch.testing.assert_close(ours, losses(trainer.state.log_history, *names), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("adapter", ["new", "continue"])
 def test_dpo_after_sft_equals_trl_with_the_merged_sft_model_as_reference(
     recipe: dict[str, Any], write: Any, plain: Any, tmp_path: Path, adapter: str

@@ -257,7 +257,10 @@ def check_values(adapter: Path) -> None:
     if not any(
         tensor.any() for key, tensor in weights.items() if "lora_A" not in key and "lora_embedding_A" not in key
     ):
-        raise ProofError("every lora_B is zero, so the adapter changes nothing: was the learning rate zero?")
+        raise ProofError(
+            "every lora_B is zero, so the adapter changes nothing: the learning rate was zero in every step, as it is "
+            "in the first step of a warmup; train more steps, or set warmup_steps: 0"
+        )
     check_initialisation(read_config(adapter), str(adapter))
 
 

@@ -109,7 +109,9 @@ def prove(job: StageJob, built: PairTrainer, start: torch.Tensor) -> proof.Proof
     inputs = built._prepare_inputs(built.data_collator(proof.first_rows(job)))
     built.model.eval()
     policy = _policy_logps(built, inputs)
+    weight, built.ld_alpha = built.ld_alpha, None  # LD-DPO weighs tokens alike in both: plain sums are compared
     against = torch.cat(built.compute_ref_log_probs(built.model, inputs)).float().cpu()
+    built.ld_alpha = weight
     try:
         with torch.no_grad(), built.accelerator.autocast():
             loss = built.compute_loss(built.model, inputs).item()

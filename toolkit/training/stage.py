@@ -145,8 +145,11 @@ def build(job: StageJob, base: Any) -> Any:
     """TRL's trainer for the stage, ready to train.
 
     Raises:
-        ModelError: settings that TRL or transformers refuse.
+        ModelError: settings that TRL or transformers refuse, or that this hardware has no use for.
     """
+    if job.hardware.device == "cpu" and job.plan.trainer.get("activation_offloading"):
+        where = job.where("trainer", "activation_offloading")
+        raise ModelError(f"{where}: moves activations from a GPU to host memory, and there is no GPU here; remove it")
     try:
         with told(f"{job.plan.name}: creating the adapter"):
             return sft.build(job, base) if job.plan.type == "sft" else dpo.build(job, base)
