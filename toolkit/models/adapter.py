@@ -92,24 +92,6 @@ def policy(base: PreTrainedModel, plan: StagePlan, start: Path | None, seed: int
     return StackedModel(base, lora_config(plan, where), start)
 
 
-def check_targets(empty: PreTrainedModel, plan: StagePlan, where: str) -> int:
-    """Number of parameters the stage trains, on a model without weights.
-
-    Raises:
-        ModelError: `target_modules` matches nothing, or PEFT refuses the configuration for this model.
-    """
-    try:
-        config = lora_config(plan, where)
-        config.init_lora_weights = True  # only shapes are asked for here, and some initialisations need real weights
-        model = get_peft_model(empty, config, low_cpu_mem_usage=True)
-    except (ValueError, TypeError, NotImplementedError) as error:
-        modules = sorted({name.split(".")[-1] for name, m in empty.named_modules() if isinstance(m, torch.nn.Linear)})
-        raise ModelError(f"{where}: {first_line(error)} Linear modules of this model: {', '.join(modules)}") from None
-    trainable, _ = model.get_nb_trainable_parameters()
-    model.unload()
-    return trainable
-
-
 def expected_shapes(
     empty: PreTrainedModel, plan: StagePlan, start: Path | None, where: str
 ) -> dict[str, tuple[int, ...]]:

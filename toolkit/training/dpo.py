@@ -1,5 +1,6 @@
 """The DPO stage: `trl.DPOTrainer` over tokenized pairs, with the stage's own start as the reference, proven."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -196,10 +197,11 @@ def _settle_reference(model: Any, plan: StagePlan) -> None:
     if plan.mode == "stack":
         model.delete_adapter("ref")  # the reference is the `start` adapter, which is there already
     if plan.mode == "continue":
-        # TRL casts the trained adapter to bf16 on a quantized base, and leaves its copy in float32
+        # TRL copies no adapter of an embedding: there the parameters' names end in it. On a quantized base it casts the
+        # trained adapter to bf16, and leaves its copy in float32
         for name, parameter in model.named_parameters():
-            if ".ref." in name:
-                parameter.data = parameter.data.to(model.get_parameter(name.replace(".ref.", ".default.")).dtype)
+            if ".ref" in name:
+                parameter.data = model.get_parameter(re.sub(r"\.ref(\.|$)", r".default\1", name)).data.clone()
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import Any
 from toolkit.errors import ModelError, RunError
 from toolkit.job import StageJob
 from toolkit.launching import processes
-from toolkit.models import adapter, model, prefix_check, sharding
+from toolkit.models import adapter, model, prefix_check, sharding, targets
 from toolkit.recipe.plan import Hardware, StagePlan, digest, model_dtype, quantization, stage_digest, stage_plans
 from toolkit.recipe.sections import Recipe
 from toolkit.records.rundir import ADAPTER, RunDirectory
@@ -277,7 +277,10 @@ def _trainable(recipe: Recipe, plan: StagePlan, empty: Any, parent: StageJob | N
     """Parameters in training; refuses targets that match nothing."""
     if plan.mode == "continue":
         return parent.trainable if parent else adapter.trainable_parameters(start) if start else 0
-    return adapter.check_targets(empty, plan, recipe.where("lora", "target_modules"))
+    own = recipe.stages[plan.index].lora or {}
+    return targets.check_targets(
+        empty, plan, lambda key: recipe.where(*(("stages", plan.index) if key in own else ()), "lora", key)
+    )
 
 
 def digest_or_none(start: Path | None) -> str | None:
