@@ -183,3 +183,11 @@ def test_activations_are_not_moved_from_a_gpu_that_is_not_there(answer: Any) -> 
         "error: recipe.yaml:10: stages[0].trainer.activation_offloading: moves activations from a GPU to host memory"
     )
     assert expected in answer("learning_rate: 1.0e-2", "activation_offloading: true")
+
+
+@pytest.mark.parametrize("name", ["nope", "flash_attention_2"])
+def test_attention_that_is_not_there_is_said(answer: Any, name: str) -> None:
+    if find_spec("flash_attn"):
+        pytest.skip("flash_attn is installed")
+    said = answer("  dtype: float32", f"  dtype: float32\n  attn_implementation: {name}")
+    assert said.startswith("error: recipe.yaml:4: model.attn_implementation: ")

@@ -79,13 +79,22 @@ def load_base(recipe: Recipe, hardware: Hardware, to_shard: bool = False) -> Pre
 
 
 def empty_base(recipe: Recipe) -> PreTrainedModel:
-    """The base's modules without its weights, on the meta device: shapes and names for the plan."""
-    model = recipe.model
+    """The base's modules without its weights, on the meta device: shapes and names for the plan.
+
+    Raises:
+        ModelError: there is no such model, or no such attention for it here.
+    """
+    model, config = recipe.model, _config(recipe)
     sharding.forget_deepspeed()
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            _config(recipe), trust_remote_code=model.trust_remote_code, attn_implementation=model.attn_implementation
-        )
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config, trust_remote_code=model.trust_remote_code, attn_implementation=model.attn_implementation
+            )
+    except (ValueError, ImportError) as error:
+        if model.attn_implementation is None:
+            raise
+        raise ModelError(f"{recipe.where('model', 'attn_implementation')}: {first_line(error)}") from error
 
 
 def base_identity(recipe: Recipe) -> dict[str, str]:
