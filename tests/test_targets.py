@@ -57,6 +57,7 @@ def test_tokens_that_the_head_shares_are_not_trained_alone() -> None:
         ("llama", {}, {"target_modules": ["layers.0.mlp.up_proj"], "rank_pattern": {"layers.0.mlp.up_proj": 2}}),
         ("llama", {}, {"exclude_modules": ".*q_proj", "modules_to_save": ["norm"]}),
         ("llama", {}, {"target_modules": ["q_proj"], "layers_to_transform": 3, "layers_pattern": "layers"}),
+        ("llama", {}, {"modules_to_save": ["_head"]}),
         ("llama", {}, {"trainable_token_indices": [3]}),
         ("mixtral", {"num_local_experts": 4}, {"target_modules": ["q_proj", "w1", "w2", "w3"], "rank_pattern": {"q_proj": 2}}),
         ("qwen3_moe", {"head_dim": 8, "num_experts": 4, "moe_intermediate_size": 16}, {"target_modules": ["gate_proj", "up_proj", "down_proj"]}),

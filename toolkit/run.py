@@ -190,8 +190,8 @@ def _starts(recipe: Recipe, run: RunDirectory, hardware: Hardware, stages: Seque
         if plan.name in (stages or finished):
             within = plan.start in records
             start = run.adapter(plan.start) if within else external_adapter(recipe, plan, empty)
-            if digest_or_none(start) != finished[plan.name]["start_digest"]:
-                now = "another one now" if digest_or_none(start) else "not there now"
+            if (found := digest_or_none(start)) != finished[plan.name]["start_digest"]:
+                now = "another one now" if found else "not there now"
                 raise RunError(
                     f"{run.path}: {plan.name} was trained from {plan.start}, which is {now}; `toolkit train` trains it "
                     f"again, --stage measures others"

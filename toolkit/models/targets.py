@@ -46,7 +46,7 @@ def check_targets(empty: PreTrainedModel, plan: StagePlan, where: Callable[[str]
 def _unmatched(
     config: LoraConfig, modules: list[str], parameters: list[str], adapted: list[str]
 ) -> Iterator[tuple[str, str]]:
-    """Key and complaint for each name that matches nothing, as PEFT 0.20 matches them."""
+    """Key and complaint for each name that matches nothing, as PEFT 0.21 matches them."""
 
     def is_end(name: str, full: str) -> bool:
         return full == name or full.endswith(f".{name}")
@@ -60,7 +60,7 @@ def _unmatched(
     places: dict[str, tuple[Callable[[Any, str], Any], list[str]]] = {
         "target_modules": (is_end, modules),
         "exclude_modules": (is_end, modules),
-        "modules_to_save": (is_end, modules),
+        "modules_to_save": (lambda name, full: full.endswith(name), modules),
         "target_parameters": (is_end, parameters),
         "rank_pattern": (is_pattern, adapted),
         "alpha_pattern": (is_pattern, adapted),
